@@ -12,7 +12,9 @@ direct form. Five steps in fp16 take 0.74 of its operations at c = 3 r, 0.54 at 
 from the exact result for singular values down to 1e-3 (bf16: 0.14); see benchmarks/EXPERIMENTS.md.
 
 Scaling: the iterations need ‖X‖₂ ≤ 1. The trace of the first step's A is ‖X‖_F²; its A² gives the
-far tighter bound ‖A²‖_F^(1/4), which saves a step or two at no cost.
+far tighter bound ‖A²‖_F^(1/4), which saves a step or two at no cost. Before any product each matrix
+is multiplied by the power of two that brings its largest element into [½, 1), so that no square
+under- or overflows: the result does not depend on the matrix's scale.
 
 Sources: Jordan et al., Muon (kellerjordan.github.io/posts/muon); Amsel et al., The Polar Express,
 arXiv:2505.16932 (optimal coefficients, computed here by Remez' algorithm); Zhang et al., Gram
@@ -28,6 +30,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from ._dispatch import is_traced, use_triton
 from ._torch import native_bf16
 from .symmetric import symmetric_product
 
@@ -44,6 +47,8 @@ NS_COEFFICIENTS = ("polar_express", "quintic", "classic")
 # [0.7, 1.2], and start from the looser bound of Frobenius' norm.
 _LOWER = {1: 0.1, 2: 3e-2, 3: 1e-2, 4: 3e-3}
 _LOWER_LEAST = 1e-3
+# In bf16, below this they are mostly rounding noise, which should not be brought to 1.
+_LOWER_OF_BF16 = 1e-2
 # Optimal polynomials for a much narrower interval than [l, u] overshoot between its ends; the
 # paper's remedy keeps the interval's ratio above this value.
 _CUSHION = 0.024
@@ -72,8 +77,8 @@ def _optimal_quintic(lower: float, upper: float) -> Quintic:
 
 
 @lru_cache
-def _polar_express(steps: int) -> tuple[Quintic, ...]:
-    lower, upper = _LOWER.get(steps, _LOWER_LEAST), 1.0
+def _polar_express(steps: int, least: float) -> tuple[Quintic, ...]:
+    lower, upper = max(_LOWER.get(steps, _LOWER_LEAST), least), 1.0
     quintics = []
     for step in range(steps):
         a, b, c = _optimal_quintic(max(lower, _CUSHION * upper), upper)
@@ -88,12 +93,14 @@ def _polar_express(steps: int) -> tuple[Quintic, ...]:
     return tuple(quintics)
 
 
-def quintics(coefficients: str | Sequence[Quintic], steps: int) -> Sequence[Quintic]:
-    """Return the triple (a, b, c) of each step."""
+def quintics(
+    coefficients: str | Sequence[Quintic], steps: int, dtype: torch.dtype = torch.float32
+) -> Sequence[Quintic]:
+    """Return the triple (a, b, c) of each step, for products in ``dtype``."""
     if steps < 1:
         raise ValueError(f"newton_schulz: steps must be at least 1, got {steps}")
     if coefficients == "polar_express":
-        return _polar_express(steps)
+        return _polar_express(steps, _LOWER_OF_BF16 if dtype is torch.bfloat16 else 0.0)
     if coefficients in ("quintic", "classic"):
         return [_JORDAN if coefficients == "quintic" else _CLASSIC] * steps
     if isinstance(coefficients, str):
@@ -109,13 +116,22 @@ def quintics(coefficients: str | Sequence[Quintic], steps: int) -> Sequence[Quin
 
 @torch.no_grad()
 def newton_schulz_reference(
-    g: Tensor, steps: int = 5, coefficients: str | Sequence[Quintic] = "polar_express"
+    g: Tensor,
+    steps: int = 5,
+    coefficients: str | Sequence[Quintic] = "polar_express",
+    *,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Compute `newton_schulz` in fp64 through the singular values, without any iteration on g."""
-    u, s, vh = torch.linalg.svd(g.double(), full_matrices=False)
+    """Compute `newton_schulz` in fp64 through the singular values, without any iteration on g.
+
+    ``dtype``: that of the products which it is compared with; bf16 has coefficients of its own.
+    """
+    x = g.double()
+    largest = x.abs().amax((-2, -1), keepdim=True) if x.numel() else x.new_ones(())
+    u, s, vh = torch.linalg.svd(x / torch.where(largest == 0, 1.0, largest), full_matrices=False)
     s = s / s.square().sum(-1, keepdim=True).sqrt().clamp_min(_TINY)
     s = s / (s.pow(8).sum(-1, keepdim=True).pow(1 / 8) * _SAFETY).clamp_min(_TINY)
-    for a, b, c in quintics(coefficients, steps):
+    for a, b, c in quintics(coefficients, steps, dtype):
         s = a * s + b * s**3 + c * s**5
     product: Tensor = u @ (s.unsqueeze(-1) * vh)
     return product
@@ -141,19 +157,22 @@ def newton_schulz(
 ) -> Tensor:
     """Return approximately the nearest matrices with orthonormal rows (or columns).
 
+    The result depends on the direction of each matrix alone, not on its scale: it is the same, to
+    the bit, for a matrix times a power of two, as long as no element becomes subnormal or infinite.
+
     Args:
         g: matrices (..., rows, cols), any floating dtype; left unchanged.
         steps: quintic steps.
         coefficients: "polar_express" (optimal for singular values above 1e-3 of the largest, with
-            four steps above 3e-3, with three above 1e-2), "quintic" (Jordan's), "classic"
-            (converges to exactly 1, slowly), or a sequence of triples (a, b, c); the last one
-            repeats.
+            four steps above 3e-3, with three or in bf16 above 1e-2), "quintic" (Jordan's),
+            "classic" (converges to exactly 1, slowly), or a sequence of triples (a, b, c); the last
+            one repeats.
         dtype: of the products. None: half precision where the device has bf16 (fp16 on a GPU, bf16
             on a CPU), else fp32.
 
     Returns:
-        U f(S) Vᵀ for g = U S Vᵀ, with f near 1; zero for a zero matrix. Shape of g, dtype of the
-        products.
+        U f(S) Vᵀ for g = U S Vᵀ, with f near 1; zeros for a zero matrix. A NaN or infinity makes
+        its own matrix NaN and no other. Shape of g, dtype of the products.
 
     Raises:
         ValueError: g has fewer than two dimensions, or the coefficients are malformed.
@@ -165,25 +184,28 @@ def newton_schulz(
     """
     if g.ndim < 2:
         raise ValueError(f"newton_schulz: g must be a matrix or a batch of them, got {g.ndim}-d")
-    polynomials = quintics(coefficients, steps)
     dtype = dtype or products_dtype(g.device)
-    x = g if dtype is torch.float16 else g.to(dtype)  # fp16 has no room for what is not scaled yet
-    if x.numel() == 0:
-        return x.to(dtype, copy=True)
-    transposed = x.shape[-2] > x.shape[-1]
-    x = x.mT if transposed else x
-    batch = x.reshape(-1, *x.shape[-2:])
-    rows, cols = batch.shape[-2:]
+    polynomials = quintics(coefficients, steps, dtype)
+    if g.numel() == 0:
+        return g.to(dtype, copy=True)
+    rows, cols = sorted(g.shape[-2:])
+    batch = g.reshape(-1, *g.shape[-2:])
     if dtype is torch.float16:
+        if batch.dtype is torch.float64:  # whose squares may under- or overflow even in fp64
+            batch = _of_unit_size(batch, torch.float32)
         # Halfway between what overflows for rank 1 and what underflows for equal singular values:
         # those of A² are from 1/r to r.
-        norm = torch.linalg.vector_norm(batch, dim=(-2, -1), keepdim=True, dtype=torch.float32)
-        batch = _scaled(batch, norm.clamp_min(_TINY).reciprocal() * rows**0.25, dtype)
+        norm = torch.linalg.vector_norm(batch, dim=(-2, -1), keepdim=True, dtype=torch.float64)
+        batch = _scaled(batch, rows**0.25 / torch.where(norm == 0, 1.0, norm), dtype)
+    else:
+        batch = _of_unit_size(batch, dtype)
+    transposed = g.shape[-2] > g.shape[-1]
+    batch = batch.mT if transposed else batch
     restarts = range(1, steps)  # the direct form
     if dtype is not torch.bfloat16 and 2 * cols > 3 * rows:
         restarts = range(2, steps, 3) if dtype is torch.float16 else range(4, steps, 4)
-    out = _iterate(batch, polynomials, restarts).view(x.shape)
-    return out.mT if transposed else out
+    out = _iterate(batch, polynomials, restarts)
+    return (out.mT if transposed else out).view(g.shape)
 
 
 def _tighten(gram: Tensor, b: float, c: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -203,8 +225,37 @@ def _tighten(gram: Tensor, b: float, c: float) -> tuple[Tensor, Tensor, Tensor]:
     return gram, _scaled(gram2, inverse.pow(4) * c).add_(gram, alpha=b), scale * inverse
 
 
+def _of_unit_size(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return each matrix (n, r, c) times a power of two, its largest element in [½, 1), rounded.
+
+    Zero matrices stay zero.
+    """
+    if x.is_cpu and not is_traced(x) and not use_triton(x):
+        # The host reads the largest elements; to find them in one pass takes torch ten times as
+        # long.
+        ends = zip(x.amax((-2, -1)).tolist(), x.amin((-2, -1)).tolist(), strict=True)
+        exponents = [math.frexp(max(high, -low))[1] for high, low in ends]
+        if all(-126 < e < 127 for e in exponents):  # torch computes with fp64 factors slowly
+            factors = torch.tensor([2.0**-e for e in exponents], dtype=torch.float32, device="cpu")
+            return _scaled(x, factors.view(-1, 1, 1), dtype)
+        exponent = torch.tensor(exponents, device="cpu").view(-1, 1, 1)
+    else:
+        largest = torch.linalg.vector_norm(x, math.inf, dim=(-2, -1), keepdim=True)
+        wide = largest if largest.dtype is torch.float64 else largest.float()
+        exponent = torch.frexp(wide).exponent
+    if x.dtype is torch.float64:  # 2^-e may overflow: in two steps
+        half = exponent // 2
+        return _scaled(_scaled(x, _power_of_two(-half)), _power_of_two(half - exponent), dtype)
+    return _scaled(x, _power_of_two(-exponent), dtype)
+
+
+def _power_of_two(exponent: Tensor) -> Tensor:
+    """Return 2^exponent in fp64, exactly, for integers from -1022 to 1023."""
+    return ((exponent.long() + 1023) << 52).view(torch.float64)
+
+
 def _scaled(x: Tensor, factor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Return x times fp32 factors, which may lie outside the range of fp16, rounded once."""
+    """Return x times factors, which may lie outside the range of its dtype, rounded once."""
     out = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
     return torch.mul(x, factor, out=out)
 
