@@ -289,7 +289,7 @@ def floor_bytes(kernel: str, signature: Mapping[str, str], flags: Mapping[str, A
         # With an incoming gradient of 1 the gradient is already there.
         return 0 if flags["SKIP_UNIT"] else size("logits_ptr") * (1 + flags["WRITE_GRAD"])
     if kernel == "adamw_kernel":
-        weight = 8 + size("P") if flags["HAS_MASTER"] else 2 * size("P")
+        weight = 2 * size("P") + (8 if flags["HAS_MASTER"] else 0)
         return weight + size("G") + 2 * size("M") + 2 * size("V")
     if kernel == "_sum_squares_kernel":
         return size("DTYPE")
