@@ -60,19 +60,14 @@ class Plan:
         )
 
 
-def _describe(params: list[Tensor], grads: list[Tensor | None]) -> tuple[list[Any], ...]:
+def _describe(params: list[Tensor], grads: list[Tensor | None]) -> tuple[list[Any], list[Any]]:
     """Return what a parameter or gradient that is the same object may have changed nevertheless.
 
     ``module.to(dtype)`` and ``p.data = x`` exchange what is behind a parameter.
     """
-    present = [grad for grad in grads if grad is not None]
-    tensors = params + present
     return (
-        [grad is not None for grad in grads],
-        [t.dtype for t in tensors],
-        [t.device for t in tensors],
-        [t.shape for t in tensors],
-        [grad.layout for grad in present],
+        [(p.dtype, p.device, p.shape) for p in params],
+        [None if g is None else (g.dtype, g.layout) for g in grads],
     )
 
 
@@ -84,21 +79,23 @@ def planned_step(step: Callable[..., Any]) -> Callable[..., Any]:
     """
     step = torch.no_grad()(step)
     hooked = Optimizer.profile_hook_step(step)
-    untraced: dict[bool, Callable[..., Any]] = {}
+    untraced: list[Callable[..., Any]] = []  # made when first called beside a compiler
 
-    @wraps(step)
-    def step_or_hooked(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
+    def run(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
         # A subclass's own step is wrapped by torch.
-        watched = type(self).step is step_or_hooked and is_step_observed(self)
-        if torch.compiler.is_compiling() or "torch._dynamo" in sys.modules:
-            if watched not in untraced:
-                run = hooked if watched else step
-                untraced[watched] = torch.compiler.disable(run, reason=_UNTRACED)
-            return untraced[watched](self, *args, **kwargs)
+        watched = type(self).step is run_untraced and is_step_observed(self)
         return (hooked if watched else step)(self, *args, **kwargs)
 
-    step_or_hooked.hooked = True  # type: ignore[attr-defined]  # torch need not wrap it again
-    return step_or_hooked
+    @wraps(step)
+    def run_untraced(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
+        if not (torch.compiler.is_compiling() or "torch._dynamo" in sys.modules):
+            return run(self, *args, **kwargs)
+        if not untraced:
+            untraced.append(torch.compiler.disable(run, reason=_UNTRACED))
+        return untraced[0](self, *args, **kwargs)
+
+    run_untraced.hooked = True  # type: ignore[attr-defined]  # torch need not wrap it again
+    return run_untraced
 
 
 class PlannedOptimizer(Optimizer):
@@ -107,6 +104,7 @@ class PlannedOptimizer(Optimizer):
     reads_clip_on_device = True  # `step` takes clip_coefficient and found_inf
     _plan: Any = None
     _pickled: tuple[str, ...] = ()  # attributes beside torch's
+    _loadable = ""  # the optimizers whose state it loads
     _group_keys: tuple[str, ...] = ()  # what each of this kind's saved groups has
     _state_keys: tuple[str, ...] = ()  # and each parameter's state
     _moments: tuple[str, ...] = ()  # those of the state that are shaped like the parameter
@@ -174,8 +172,8 @@ class PlannedOptimizer(Optimizer):
         for number, saved in enumerate(state_dict["param_groups"]):
             if missing := [key for key in self._group_keys if key not in saved]:
                 raise ValueError(
-                    f"{name}.load_state_dict: group {number} lacks {', '.join(missing)}; this is "
-                    f"another optimizer's state, load that of {name} or torch.optim's"
+                    f"{name}.load_state_dict: group {number} lacks {', '.join(missing)}: another "
+                    f"optimizer's state; load one of {self._loadable}"
                 )
             group = dict(saved)
             self._adopt(group)
@@ -189,8 +187,8 @@ class PlannedOptimizer(Optimizer):
             if missing := [key for key in self._state_keys if key not in saved]:
                 raise ValueError(
                     f"{name}.load_state_dict: the state of parameter {index} lacks "
-                    f"{', '.join(missing)}, it holds {', '.join(map(str, saved))}; load the state "
-                    f"of {name} or torch.optim's"
+                    f"{', '.join(missing)} and holds {', '.join(map(str, saved))}: another "
+                    f"optimizer's state; load one of {self._loadable}"
                 )
             for key in self._moments:
                 shape = tuple(getattr(saved[key], "shape", ()))

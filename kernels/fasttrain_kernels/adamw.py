@@ -310,8 +310,14 @@ class _Round:
 class _Plan(Plan):
     """The rounds of a step: one, unless a parameter is listed several times."""
 
-    def __init__(self, layout: list[Any], params: list[Tensor], grads: list[Tensor | None]) -> None:
-        super().__init__(layout, params, grads, ["step", *_MOMENTS, "master"])
+    def __init__(
+        self,
+        layout: list[Any],
+        params: list[Tensor],
+        grads: list[Tensor | None],
+        keys: list[str],
+    ) -> None:
+        super().__init__(layout, params, grads, keys)
         self.rounds: list[_Round] = []
         self.dense: list[int] = []  # indices of the parameters in the rounds' `native`
 
@@ -367,6 +373,7 @@ class FusedAdamW(PlannedOptimizer):
     """
 
     _pickled = ("_state_dtype", "_master_weights", "_rounding", "_seed")
+    _loadable = "FusedAdamW, torch.optim.AdamW or Adam"
     _group_keys = ("lr", "betas", "eps", "weight_decay")
     _state_keys = ("step", *_MOMENTS)
     _moments = _MOMENTS
@@ -445,7 +452,8 @@ class FusedAdamW(PlannedOptimizer):
     def _build_plan(
         self, layout: list[Any], params: list[Tensor], grads: list[Tensor | None]
     ) -> _Plan:
-        plan = _Plan(layout, params, grads)
+        keys = [*self._state_keys, *(["master"] if self._master_weights else [])]
+        plan = _Plan(layout, params, grads, keys)
         rounds: list[list[int]] = []  # a parameter's k-th occurrence is in the k-th round
         occurrences: Counter[Tensor] = Counter()
         for i, (param, grad) in enumerate(zip(params, grads, strict=True)):

@@ -326,6 +326,7 @@ class Muon(PlannedOptimizer):
     """
 
     _pickled = ("_ns_dtype",)
+    _loadable = "Muon or torch.optim.Muon"
     _group_keys = ("lr", "momentum", "nesterov", "weight_decay", "ns_steps")
     _state_keys = ("momentum_buffer",)
     _moments = ("momentum_buffer",)
