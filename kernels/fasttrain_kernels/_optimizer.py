@@ -266,6 +266,7 @@ class PlannedOptimizer(Optimizer):
                 f"{name}: gradients must be dense, got {grad.layout}; use "
                 "torch.optim.SparseAdam for sparse ones"
             )
+        self._check_operand("gradient", grad, param)
         state: dict[str, Any] = self.state[param]
         if not any(key in state for key in self._state_keys):
             state |= self.new_state(param)
@@ -274,14 +275,18 @@ class PlannedOptimizer(Optimizer):
                 f"{name}: the state of a parameter lacks {', '.join(missing)}, it holds "
                 f"{', '.join(map(str, state))}; delete it or load a whole one"
             )
-        for what, tensor in {"gradient": grad, **{k: state[k] for k in self._moments}}.items():
-            if tensor.shape != param.shape or tensor.device != param.device:
-                raise RuntimeError(
-                    f"{name}: {what} has shape {tuple(tensor.shape)} on {tensor.device}, its "
-                    f"parameter {tuple(param.shape)} on {param.device}; compute the gradient "
-                    "after the parameter was moved, and load_state_dict(state_dict()) to move state"
-                )
+        for key in self._moments:
+            self._check_operand(key, state[key], param)
         return state
+
+    def _check_operand(self, what: str, tensor: Tensor, param: Tensor) -> None:
+        if tensor.shape != param.shape or tensor.device != param.device:
+            raise RuntimeError(
+                f"{type(self).__name__}: {what} has shape {tuple(tensor.shape)} on "
+                f"{tensor.device}, its parameter {tuple(param.shape)} on {param.device}; where a "
+                "parameter was moved, zero_grad() drops its gradient and "
+                "load_state_dict(state_dict()) moves its state"
+            )
 
 
 def _parameters(groups: list[dict[str, Any]]) -> list[Any]:

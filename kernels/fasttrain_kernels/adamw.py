@@ -590,6 +590,7 @@ class FusedAdamW(PlannedOptimizer):
                 continue
             options = _arguments(groups[number], scale)
             torch._fused_adamw_(ours, theirs, first, second, [], steps, **options)
+            torch.autograd.graph.increment_version(ours)
         for number, i, state in planned.staged:
             seed = hash((self._seed, i, int(state["step"].item()))) if self._rounding else None
             update_staged(groups[number], params[i], grads[i], state, scale, seed)
