@@ -464,6 +464,8 @@ class FusedAdamW(PlannedOptimizer):
                 state.pop("master", None)
                 if self._has_master(param):
                     state["master"] = param.detach().to(torch.float32, copy=True)
+            if "master" in state:
+                self._check_operand("master", state["master"], param)
             if occurrences[param] == len(rounds):
                 rounds.append([])
             rounds[occurrences[param]].append(i)
