@@ -106,7 +106,9 @@ def parameters_of(optimizer: Optimizer) -> list[Tensor]:
 def _new_state(optimizer: Optimizer, p: Tensor, device: Any = "meta") -> dict[str, Tensor] | None:
     """Return the state that a step makes for a parameter; None: not known."""
     like = torch.empty(p.shape, dtype=p.dtype, device=device)
-    step = torch.zeros((), device=device)
+    # As torch's optimizers count, whatever the default dtype is.
+    is_double = torch.get_default_dtype() == torch.float64
+    step = torch.zeros((), dtype=torch.float64 if is_double else torch.float32, device=device)
     if isinstance(optimizer, FusedAdamW | Muon):
         return optimizer.new_state(like)
     if type(optimizer) is torch.optim.SGD:

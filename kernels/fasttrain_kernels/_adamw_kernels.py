@@ -1,8 +1,11 @@
 """The kernels of `FusedAdamW`: one launch a class of dtypes, whatever the number of tensors.
 
 Bytes moved an element (fp32 everything): 12 for parameter and moments in, 4 for the gradient, 12
-out; bound by memory. Before it a launch of one program a thousand tensors advances the step counts
-and turns the groups' hyper-parameters into nine numbers a tensor. Rounding: once, at the store.
+out; bound by memory. With a master weight 8 more: it is read and written. The parameter is read
+beside it to see whether it still is the master rounded; where it is not, others have changed it
+since the last step, and it replaces the master. Before the update a launch of one program a
+thousand tensors advances the step counts and turns the groups' hyper-parameters into nine numbers a
+tensor. Rounding: once, at the store.
 """
 
 from ._multi_tensor import load_pointer
@@ -84,6 +87,17 @@ def _store(ptr, value, mask, seed, eighths, MASKED: tl.constexpr, ROUND: tl.cons
 
 
 @triton.jit
+def _is_rounded(stored, value, DTYPE: tl.constexpr, ROUND: tl.constexpr):
+    """Return where ``stored`` is what `_store` makes of ``value``; both are fp32."""
+    same = stored == value.to(DTYPE).to(tl.float32)
+    if ROUND and tl.bfloat16 == DTYPE:  # either neighbour: less than 2**16 away, as integers
+        bits = value.to(tl.uint32, bitcast=True)
+        distance = stored.to(tl.uint32, bitcast=True) - bits + 0xFFFF
+        same = same | (((bits & 0x7F800000) != 0x7F800000) & (distance <= 0x1FFFE))
+    return same
+
+
+@triton.jit
 def _update(
     p_ptr, g_ptr, m_ptr, v_ptr, master_ptr, coefs_ptr,
     seed, start, i, length, BLOCK: tl.constexpr,
@@ -96,6 +110,9 @@ def _update(
     m = _load(m_ptr + offsets, mask, MASKED)
     v = _load(v_ptr + offsets, mask, MASKED)
     p = _load(master_ptr + offsets, mask, MASKED)  # the parameter itself where there is none
+    if HAS_MASTER:
+        stored = _load(p_ptr + offsets, mask, MASKED)
+        p = tl.where(_is_rounded(stored, p, p_ptr.dtype.element_ty, ROUND), p, stored)
     m = tl.load(coefs_ptr + 3) * m + tl.load(coefs_ptr + 4) * g
     v = tl.load(coefs_ptr + 5) * v + tl.load(coefs_ptr + 6) * g * g
     denominator = tl.sqrt(v) * tl.load(coefs_ptr + 2) + tl.load(coefs_ptr + 7)

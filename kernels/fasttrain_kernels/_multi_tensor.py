@@ -97,7 +97,7 @@ class DeviceNumbers:
                     "being captured; make an ordinary step before each capture"
                 )
             host = self._new_host() if host is None else host
-            host.copy_(torch.tensor(numbers, dtype=host.dtype))
+            host.copy_(torch.tensor(numbers, dtype=host.dtype, device="cpu"))
             copy = torch.empty_like(self.tensor)
             copy.view(-1).copy_(host, non_blocking=True)
             keep_for_graph(host, copy)
@@ -105,13 +105,17 @@ class DeviceNumbers:
         if self._spare is None and self._pinned:
             self._spare = self._new_host()
         if numbers != self._uploaded:
-            host = torch.tensor(numbers, dtype=self.tensor.dtype, pin_memory=self._pinned)
+            host = torch.tensor(
+                numbers, dtype=self.tensor.dtype, device="cpu", pin_memory=self._pinned
+            )
             self.tensor.view(-1).copy_(host, non_blocking=True)
             self._uploaded = numbers
         return self.tensor
 
     def _new_host(self) -> Tensor:
-        return torch.empty(self.tensor.numel(), dtype=self.tensor.dtype, pin_memory=self._pinned)
+        return torch.empty(
+            self.tensor.numel(), dtype=self.tensor.dtype, device="cpu", pin_memory=self._pinned
+        )
 
 
 class TensorTable:
@@ -120,13 +124,14 @@ class TensorTable:
     def __init__(self, numels: Sequence[int], n_columns: int, device: torch.device) -> None:
         self.n_tensors = len(numels)
         self.device = device
-        counts = torch.tensor([-(-n // CHUNK) for n in numels], dtype=torch.int64)
-        tensor = torch.repeat_interleave(torch.arange(self.n_tensors), counts)
+        options: dict[str, Any] = {"dtype": torch.int64, "device": "cpu"}
+        counts = torch.tensor([-(-n // CHUNK) for n in numels], **options)
+        tensor = torch.repeat_interleave(torch.arange(self.n_tensors, **options), counts)
         first = torch.cumsum(counts, 0) - counts
-        index = torch.arange(tensor.numel()) - first[tensor]
+        index = torch.arange(tensor.numel(), **options) - first[tensor]
         self.n_chunks = tensor.numel()
         self.chunks = torch.stack([tensor, index], 1).to(device, torch.int32)  # (n_chunks, 2)
-        self.lengths = torch.tensor(numels, dtype=torch.int64).to(device)
+        self.lengths = torch.tensor(numels, **options).to(device)
         self._pointers = DeviceNumbers((n_columns, self.n_tensors), torch.int64, device)
         self._registers: dict[int, int | None] = {}  # of each kernel; the interpreter's have none
 

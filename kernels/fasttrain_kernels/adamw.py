@@ -17,25 +17,23 @@ Source: Loshchilov & Hutter, Decoupled Weight Decay Regularization, arXiv:1711.0
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from functools import reduce, wraps
+from functools import reduce
 from operator import or_
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from ._adamw_kernels import adamw_kernel, advance_kernel
 from ._dispatch import use_triton
 from ._multi_tensor import DeviceNumbers, TensorTable, capturing, keep_for_graph, triton_dtype
-from ._optimizer import Plan, PlannedOptimizer
-from ._torch import is_step_observed
+from ._optimizer import Plan, PlannedOptimizer, planned_step
 from ._triton import triton
 from .cpu.optimizer import adamw, fits
 from .grad_norm import local_tensor
 
-_PROBE = torch.empty(0)  # with it `use_triton` says whether CPU tensors take the Triton path now
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _HYPER, _COEFS = 10, 10  # columns of the tables: of groups, and of coefficients of tensors
@@ -74,7 +72,7 @@ class TritonClass:
     """
 
     def __init__(
-        self, operands: list[list[Tensor]], steps: list[Tensor], groups: list[dict[str, Any]],
+        self, operands: list[list[Tensor]], steps: list[Tensor], group_numbers: list[int],
         aligned: tuple[bool, bool],
     ) -> None:  # fmt: skip
         first = operands[0]
@@ -82,21 +80,23 @@ class TritonClass:
         self.dtypes = [triton_dtype(t.dtype) for t in first[:4]]
         self.has_master, self.aligned = len(first) == 5, aligned
         self.table = TensorTable([o[0].numel() for o in operands], len(first), device)
-        self.groups = list({id(group): group for group in groups}.values())
-        n, ids = len(self.groups), [id(group) for group in self.groups]
-        rows = [ids.index(id(group)) for group in groups]
-        self.group_of = torch.tensor(rows, dtype=torch.int32).to(device)
+        self.group_numbers = sorted(set(group_numbers))
+        n = len(self.group_numbers)
+        rows = [self.group_numbers.index(number) for number in group_numbers]
+        self.group_of = torch.tensor(rows, dtype=torch.int32, device="cpu").to(device)
         self.hyper = DeviceNumbers((n, _HYPER), torch.float32, device)
         self.lr_pointers = DeviceNumbers((n,), torch.int64, device)
-        self.step_pointers = torch.tensor([s.data_ptr() for s in steps]).to(device)
+        addresses = [step.data_ptr() for step in steps]
+        self.step_pointers = torch.tensor(addresses, dtype=torch.int64, device="cpu").to(device)
         self.coefs = torch.zeros(len(steps), _COEFS, dtype=torch.float32, device=device)
 
-    def _refresh(self) -> tuple[Tensor, Tensor, list[Tensor]]:
+    def _refresh(self, groups: list[dict[str, Any]]) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Return hyper-parameters, addresses of learning rates, what must outlive the launch."""
         values: list[float] = []
         pointers: list[int] = []
         held: list[Tensor] = []
-        for group in self.groups:
+        for number in self.group_numbers:
+            group = groups[number]
             lr, (beta1, beta2) = group["lr"], group["betas"]
             pointers.append(0)
             if isinstance(lr, Tensor) and lr.device == self.device:
@@ -104,17 +104,22 @@ class TritonClass:
                 pointers[-1] = held[-1].data_ptr()
                 lr = 0.0
             logs = (math.log(beta) if beta > 0 else -math.inf for beta in (beta1, beta2))
-            values += [float(lr), group["weight_decay"], beta1, 1 - beta1, beta2, 1 - beta2]
-            values += [*logs, group["eps"], -1.0 if group["maximize"] else 1.0]
+            values += [float(lr), float(group["weight_decay"])]
+            values += [beta1, 1 - beta1, beta2, 1 - beta2]
+            values += [*logs, float(group["eps"]), -1.0 if group["maximize"] else 1.0]
         return self.hyper.on_device(values), self.lr_pointers.on_device(pointers), held
 
     def launch(
-        self, pointers: list[list[int]], scalars: Sequence[Tensor | None], seed: int | None
+        self,
+        pointers: list[list[int]],
+        groups: list[dict[str, Any]],
+        scalars: Sequence[Tensor | None],
+        seed: int | None,
     ) -> None:
         """Count the step and update the parameters at the addresses of their operands.
 
-        The scalars are clip coefficient, loss scale and found_inf, each None for none. A seed asks
-        for stochastic rounding.
+        The groups are all of the optimizer's. The scalars are clip coefficient, loss scale and
+        found_inf, each None for none. A seed asks for stochastic rounding.
         """
         clip, scale, found_inf = (
             None if x is None else x.to(self.device, torch.float32, non_blocking=True)
@@ -122,7 +127,7 @@ class TritonClass:
         )
         table = self.table
         addresses = table.on_device([x for column in zip(*pointers, strict=True) for x in column])
-        hyper, lr_pointers, held = self._refresh()
+        hyper, lr_pointers, held = self._refresh(groups)
         if capturing(self.device):
             keep_for_graph(self, held)
         with torch.cuda.device_of(self.coefs):
@@ -150,16 +155,20 @@ class TritonClass:
 class TritonUpdate:
     """The update of a set of parameters, split into the fewest launches."""
 
-    def __init__(self, entries: list[tuple[int, dict[str, Any], dict[str, Any]]]) -> None:
-        """Take (index of the parameter, its state, its group) of each parameter."""
+    def __init__(self, entries: list[tuple[int, dict[str, Any], int]]) -> None:
+        """Take (index of the parameter, its state, number of its group) of each parameter."""
         self.entries = entries
         self._signature: list[Any] = []
         self._classes: list[tuple[TritonClass, list[int]]] = []
 
     def launch(
-        self, params: list[Tensor], grads: list[Any], scalars: Sequence[Tensor | None],
+        self,
+        params: list[Tensor],
+        grads: list[Any],
+        groups: list[dict[str, Any]],
+        scalars: Sequence[Tensor | None],
         seed: int | None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Update the parameters in place; the gradients are only read."""
         stored = []
         for i, state, _ in self.entries:
@@ -180,11 +189,12 @@ class TritonUpdate:
         for number, (members, positions) in enumerate(self._classes):
             # Classes of equal size would round with the same noise (odd: golden ratio · 2³²).
             own_seed = None if seed is None else (seed + number * 0x9E3779B1) & 0x7FFFFFFF
-            members.launch([pointers[j] for j in positions], scalars, own_seed)
+            members.launch([pointers[j] for j in positions], groups, scalars, own_seed)
         for originals, copies in zip(stored, work, strict=True):
             for position, (original, copy) in enumerate(zip(originals, copies, strict=True)):
                 if original is not copy and position != 1:
                     original.copy_(copy)
+        torch.autograd.graph.increment_version([params[i] for i, _, _ in self.entries])
 
     def _classify(self, work: list[list[Tensor]], signature: list[Any]) -> None:
         classes: dict[Any, list[int]] = {}
@@ -194,8 +204,8 @@ class TritonUpdate:
         for (*_, aligned), positions in classes.items():
             entries = [self.entries[j] for j in positions]
             steps = [state["step"] for _, state, _ in entries]
-            groups = [group for _, _, group in entries]
-            members = TritonClass([work[j] for j in positions], steps, groups, aligned)
+            numbers = [number for _, _, number in entries]
+            members = TritonClass([work[j] for j in positions], steps, numbers, aligned)
             self._classes.append((members, positions))
         self._signature = signature
 
@@ -228,8 +238,10 @@ def update_staged(
     """
     dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
     stored = [local_tensor(state.get("master", param).detach())]
-    stored += [local_tensor(state[key]) for key in ("exp_avg", "exp_avg_sq")]
+    stored += [local_tensor(state[key]) for key in _MOMENTS]
     work = [t.to(dtype).contiguous() for t in stored]
+    if "master" in state:
+        work[0] = _taken_over(local_tensor(param.detach()), work[0], seed is not None)
     gradient = local_tensor(grad).to(dtype, copy=True, memory_format=torch.contiguous_format)
     weight, first, second = ([t] for t in work)
     arguments = _arguments(group, scale)
@@ -244,13 +256,28 @@ def update_staged(
             target.copy_(value)
 
 
+def _taken_over(param: Tensor, master: Tensor, is_stochastic: bool) -> Tensor:
+    """Return the master, and the parameter in fp32 where it is not the master rounded.
+
+    There others have changed it since the last step: loaded, clamped or reset it.
+    """
+    stored = param.to(torch.float32).contiguous()
+    same = master.to(param.dtype) == param
+    if is_stochastic and param.dtype == torch.bfloat16:  # either neighbour
+        distance = stored.view(torch.int32).long() - master.view(torch.int32).long()
+        same |= master.isfinite() & (distance.abs() < 1 << 16)
+    return torch.where(same, master, stored)
+
+
 def _arguments(group: dict[str, Any], scale: float) -> dict[str, Any]:
     """Keyword arguments of torch's fused kernel."""
     beta1, beta2 = group["betas"]
-    arguments = {key: group[key] for key in ("weight_decay", "eps", "amsgrad", "maximize")}
-    arguments |= {"lr": float(group["lr"]), "beta1": beta1, "beta2": beta2}
+    arguments: dict[str, Any] = {"lr": float(group["lr"]), "beta1": beta1, "beta2": beta2}
+    arguments |= {"weight_decay": float(group["weight_decay"]), "eps": float(group["eps"])}
+    arguments |= {"amsgrad": False, "maximize": bool(group["maximize"])}
     if scale != 1.0:
-        arguments["grad_scale"] = torch.tensor(1.0 / scale if scale else math.inf)
+        inverse = 1.0 / scale if scale else math.inf
+        arguments["grad_scale"] = torch.tensor(inverse, dtype=torch.float32, device="cpu")
     return arguments
 
 
@@ -270,73 +297,87 @@ def round_stochastic_(target: Tensor, value: Tensor, *, seed: int) -> None:
     target.copy_(torch.where(value.isfinite(), rounded, value))
 
 
-class _Plan(Plan):
-    """Which way each parameter is updated."""
+class _Round:
+    """Which way each parameter is updated; each is in it once."""
 
-    def __init__(self, params: list[Tensor], grads: list[Tensor | None]) -> None:
-        super().__init__(params, grads, "step")
-        self.on_triton = use_triton(_PROBE)
-        self.dense: list[int] = []  # indices of the parameters in `native`
+    def __init__(self) -> None:
         self.counters: list[Tensor] = []  # one vector of step counts a device
-        self.native: list[tuple[dict[str, Any], list[int], list[dict[str, Any]]]] = []
-        self.staged: list[tuple[dict[str, Any], int, dict[str, Any]]] = []
+        self.native: list[tuple[int, list[int], list[dict[str, Any]]]] = []  # by group number
+        self.staged: list[tuple[int, int, dict[str, Any]]] = []
         self.triton: TritonUpdate | None = None
 
-    def fits(self, params: list[Tensor], grads: list[Tensor | None], state: dict[Any, Any]) -> bool:
+
+class _Plan(Plan):
+    """The rounds of a step: one, unless a parameter is listed several times."""
+
+    def __init__(
+        self,
+        layout: list[Any],
+        params: list[Tensor],
+        grads: list[Tensor | None],
+        keys: list[str],
+    ) -> None:
+        super().__init__(layout, params, grads, keys)
+        self.rounds: list[_Round] = []
+        self.dense: list[int] = []  # indices of the parameters in the rounds' `native`
+
+    def fits(
+        self,
+        layout: list[Any],
+        params: list[Tensor],
+        grads: list[Tensor | None],
+        state: dict[Any, Any],
+    ) -> bool:
         """Return whether nothing that the plan relies on has changed since it was made."""
         return (
-            super().fits(params, grads, state)
-            and self.on_triton == use_triton(_PROBE)
+            super().fits(layout, params, grads, state)
             and all(params[i].is_contiguous() for i in self.dense)
             and all(g.is_contiguous() for i in self.dense if (g := grads[i]) is not None)
         )
 
 
-def _hooked_on_demand(step: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a step as torch does, for its hooks and its profiler, where there are any.
-
-    To ask each time in torch's own way takes 0.16 ms of a training step (Zen 3, torch 2.13).
-    """
-    hooked = Optimizer.profile_hook_step(step)
-
-    @wraps(step)
-    def step_or_hooked(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
-        # A subclass's own step is wrapped by torch.
-        watched = type(self).step is step_or_hooked and is_step_observed(self)
-        return (hooked if watched else step)(self, *args, **kwargs)
-
-    step_or_hooked.hooked = True  # type: ignore[attr-defined]  # torch need not wrap it again
-    return step_or_hooked
-
-
 class FusedAdamW(PlannedOptimizer):
     """AdamW in one pass over parameters, gradients and moments.
 
+    A drop-in for `torch.optim.AdamW`, with its arguments and their order.
+
     Args:
         params: parameters (fp32, bf16, fp16; fp64 on the CPU), or dicts of parameter groups.
-        lr: learning rate, a float or a 0-dim tensor.
+        lr: learning rate, a float or a tensor of one element.
         betas: decay rates of the two moments.
         eps: added to the root of the second moment.
         weight_decay: decoupled weight decay, multiplied by the learning rate.
+        amsgrad: must be False.
         maximize: ascend instead of descend.
-        capturable: accepted for interchange with torch; this optimizer always is.
+        foreach: ignored; torch's choice between implementations.
+        capturable: ignored; this optimizer always is.
+        differentiable: must be False.
+        fused: ignored; this optimizer always is.
         state_dtype: dtype of the moments. None: the parameter's, and fp32 for fp16 parameters.
-        master_weights: keep an fp32 copy of every bf16 and fp16 parameter and update that.
+        master_weights: keep an fp32 copy of every bf16 and fp16 parameter and update that. Elements
+            of a parameter that were changed since the last step (loaded, clamped, reset) are taken
+            over into the copy.
         stochastic_rounding: round bf16 parameters and moments stochastically, so that updates
             smaller than half a unit in the last place survive on average.
         seed: of the stochastic rounding; the noise depends on it, the step and the position only.
 
     Raises:
-        ValueError: a hyper-parameter is out of range.
+        ValueError: a hyper-parameter is out of range, or an option is not supported.
         TypeError: a parameter's dtype is not supported.
 
     Numerics: fp32 arithmetic. ``state_dict`` and `torch.optim.AdamW`'s can be exchanged in both
         directions; moments load in this optimizer's ``state_dtype`` without a detour through the
-        parameter's.
+        parameter's. State that was made before its parameter was cast keeps its dtype. Of a
+        parameter listed several times, each occurrence is an update, one after the other.
     Memory: two moments a parameter, and 4 bytes an element with master weights.
     """
 
     _pickled = ("_state_dtype", "_master_weights", "_rounding", "_seed")
+    _loadable = "FusedAdamW, torch.optim.AdamW or Adam"
+    _group_keys = ("lr", "betas", "eps", "weight_decay")
+    _state_keys = ("step", *_MOMENTS)
+    _moments = _MOMENTS
+    _optional = ("master",)
     # torch.amp.GradScaler then leaves unscaling and skipping to the step.
     _step_supports_amp_scaling = True
 
@@ -347,9 +388,13 @@ class FusedAdamW(PlannedOptimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
+        amsgrad: bool = False,
         *,
         maximize: bool = False,
+        foreach: bool | None = None,
         capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
         state_dtype: torch.dtype | None = None,
         master_weights: bool = False,
         stochastic_rounding: bool = False,
@@ -364,47 +409,29 @@ class FusedAdamW(PlannedOptimizer):
         self._master_weights = master_weights
         self._rounding = stochastic_rounding
         self._seed = seed
-        # The keys of torch.optim.AdamW's groups. fused=True, because a torch.optim.AdamW that
-        # loads this state must keep its step counts on the device.
+        # The keys of torch.optim.AdamW's groups.
         defaults = {
-            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": False,
-            "maximize": maximize, "foreach": None, "capturable": capturable,
-            "differentiable": False, "fused": True, "decoupled_weight_decay": True,
+            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad,
+            "maximize": maximize, "foreach": foreach, "capturable": capturable,
+            "differentiable": differentiable, "fused": fused, "decoupled_weight_decay": True,
         }  # fmt: skip
         super().__init__(params, defaults)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for group in self.param_groups:
-            group["fused"], group["foreach"] = True, None
+    def _adopt(self, group: dict[str, Any]) -> None:
+        # True, because a torch.optim.AdamW that loads this state must keep its step counts on the
+        # device. Together with foreach it would refuse.
+        group["fused"] = True
+        group["foreach"] = None
+        if any(isinstance(beta, Tensor) for beta in group.get("betas", ())):
+            group["betas"] = tuple(map(float, group["betas"]))
 
-    @torch.no_grad()
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load this optimizer's state or a `torch.optim.AdamW`'s (without amsgrad).
+    def _accept(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        # Adam's state is AdamW's, as torch.optim.AdamW has it.
+        groups = [{**group, "decoupled_weight_decay": True} for group in state_dict["param_groups"]]
+        return super()._accept({**state_dict, "param_groups": groups})
 
-        Args:
-            state_dict: as ``state_dict()`` returns it. Its tensors are copied.
-        """
-        loaded: list[dict[str, Any]] = []
-        hook = self.register_load_state_dict_pre_hook(lambda _, state: loaded.append(state))
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            hook.remove()
-        # torch casts every state tensor to its parameter's dtype: the moments are taken again
-        # from the source, so that fp32 moments of a bf16 parameter keep their digits.
-        source = loaded[0]
-        ids = [i for group in source["param_groups"] for i in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
-        for index, param in zip(ids, params, strict=True):
-            if index not in source["state"]:
-                continue
-            saved, state = source["state"][index], self.state[param]
-            self.state[param] = fresh = self.new_state(param)
-            fresh["step"].copy_(torch.as_tensor(saved["step"]))
-            fresh.update({k: v for k, v in state.items() if k not in (*fresh, "master")})
-            for key in (k for k in ("master", *_MOMENTS) if k in fresh and k in saved):
-                fresh[key].copy_(saved[key])
+    def _has_master(self, param: Tensor) -> bool:
+        return self._master_weights and param.dtype in (torch.bfloat16, torch.float16)
 
     def new_state(self, param: Tensor) -> dict[str, Any]:
         """Return the state that the first step makes for a parameter, which may be on meta."""
@@ -418,39 +445,70 @@ class FusedAdamW(PlannedOptimizer):
         }
         for key in _MOMENTS:
             state[key] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
-        if self._master_weights and param.dtype in (torch.bfloat16, torch.float16):
+        if self._has_master(param):
             state["master"] = param.detach().to(torch.float32, copy=True)
         return state
 
-    def _build_plan(self, params: list[Tensor], grads: list[Tensor | None]) -> _Plan:
-        plan = _Plan(params, grads)
-        groups = [group for group in self.param_groups for _ in group["params"]]
-        sets: dict[tuple[torch.device, bool], list[int]] = {}
+    def _build_plan(
+        self, layout: list[Any], params: list[Tensor], grads: list[Tensor | None]
+    ) -> _Plan:
+        keys = [*self._state_keys, *(["master"] if self._master_weights else [])]
+        plan = _Plan(layout, params, grads, keys)
+        rounds: list[list[int]] = []  # a parameter's k-th occurrence is in the k-th round
+        occurrences: Counter[Tensor] = Counter()
         for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
             if grad is None:
                 continue
-            if grad.is_sparse:
-                raise RuntimeError(
-                    "FusedAdamW: sparse gradients are not supported; use torch.optim.SparseAdam"
-                )
-            if not self.state[param]:
-                self.state[param] = self.new_state(param)
-            local = local_tensor(param)
+            state = self._state_of(param, grad)
+            if self._has_master(param) != ("master" in state):  # the parameter's dtype changed
+                state.pop("master", None)
+                if self._has_master(param):
+                    state["master"] = param.detach().to(torch.float32, copy=True)
+            if "master" in state:
+                self._check_operand("master", state["master"], param)
+            if occurrences[param] == len(rounds):
+                rounds.append([])
+            rounds[occurrences[param]].append(i)
+            occurrences[param] += 1
+        numbers = [n for n, group in enumerate(self.param_groups) for _ in group["params"]]
+        for indices in rounds:
+            self._plan_round(plan, indices, params, grads, numbers)
+        return plan
+
+    def _plan_round(
+        self,
+        plan: _Plan,
+        indices: list[int],
+        params: list[Tensor],
+        grads: list[Tensor | None],
+        group_numbers: list[int],
+    ) -> None:
+        planned = _Round()
+        sets: dict[tuple[torch.device, bool], list[int]] = {}
+        for i in indices:
+            local = local_tensor(params[i])
             triton = use_triton(local) and not (local.is_cpu and local.dtype == torch.float64)
             sets.setdefault((local.device, triton), []).append(i)
-        entries: list[tuple[int, dict[str, Any], dict[str, Any]]] = []
+        entries: list[tuple[int, dict[str, Any], int]] = []
         batches: dict[tuple[int, torch.dtype, torch.device], Any] = {}
-        for (device, triton), indices in sets.items():
-            counts = [self.state[params[i]]["step"].to(device, torch.float32) for i in indices]
-            counter = torch.stack([count.reshape(()) for count in counts])
+        for (device, triton), members in sets.items():
+            counts = [
+                torch.as_tensor(self.state[params[i]]["step"], dtype=torch.float32, device=device)
+                for i in members
+            ]
+            if plan.rounds:  # the step counts are views of a vector already
+                counters = counts
+            else:
+                counter = torch.stack([count.reshape(()) for count in counts])
+                counts, counters = list(counter.unbind()), [counter]
             if not triton:
-                plan.counters.append(counter)
-            for i, step in zip(indices, counter.unbind(), strict=True):
-                param, grad, state, group = params[i], grads[i], self.state[params[i]], groups[i]
+                planned.counters += counters
+            for i, step in zip(members, counts, strict=True):
+                param, grad, state = params[i], grads[i], self.state[params[i]]
                 state["step"] = step
                 plan.add(param, state)
                 if triton:
-                    entries.append((i, state, group))
+                    entries.append((i, state, group_numbers[i]))
                     continue
                 stored = (param, grad, *(state[key] for key in _MOMENTS))
                 tensors = [local_tensor(t) for t in stored if t is not None]
@@ -462,19 +520,18 @@ class FusedAdamW(PlannedOptimizer):
                     and not (self._rounding and param.dtype == torch.bfloat16)
                 )
                 if not plain:
-                    plan.staged.append((group, i, state))
+                    planned.staged.append((group_numbers[i], i, state))
                     continue
-                key = (id(group), tensors[0].dtype, tensors[0].device)
                 plan.dense.append(i)
-                _, members, states = batches.setdefault(key, (group, [], []))
-                members.append(i)
+                key = (group_numbers[i], tensors[0].dtype, tensors[0].device)
+                _, of_group, states = batches.setdefault(key, (group_numbers[i], [], []))
+                of_group.append(i)
                 states.append(state)
-        plan.native = list(batches.values())
-        plan.triton = TritonUpdate(entries) if entries else None
-        return plan
+        planned.native = list(batches.values())
+        planned.triton = TritonUpdate(entries) if entries else None
+        plan.rounds.append(planned)
 
-    @_hooked_on_demand
-    @torch.no_grad()
+    @planned_step
     def step(
         self,
         closure: Callable[[], float] | None = None,
@@ -503,30 +560,42 @@ class FusedAdamW(PlannedOptimizer):
         grad_scale = getattr(self, "grad_scale", None) if grad_scale is None else grad_scale
         found_inf = getattr(self, "found_inf", None) if found_inf is None else found_inf
         params, grads, plan = self._planned()
-        if plan.triton is not None:
-            scalars = (clip_coefficient, grad_scale, found_inf)
+        for planned in plan.rounds:
+            self._update(planned, params, grads, (clip_coefficient, grad_scale, found_inf))
+        return loss
+
+    def _update(
+        self,
+        planned: _Round,
+        params: list[Tensor],
+        grads: list[Any],
+        scalars: tuple[Tensor | None, Tensor | None, Tensor | None],
+    ) -> None:
+        groups = self.param_groups
+        if planned.triton is not None:
             seed = self._seed if self._rounding else None
-            plan.triton.launch(params, grads, scalars, seed)
-        if not plan.counters or (found_inf is not None and found_inf.item() != 0):
-            return loss
+            planned.triton.launch(params, grads, groups, scalars, seed)
+        clip_coefficient, grad_scale, found_inf = scalars
+        if not planned.counters or (found_inf is not None and found_inf.item() != 0):
+            return
         scale = 1.0 if clip_coefficient is None else clip_coefficient.item()
         if grad_scale is not None:
             scale /= grad_scale.item()
-        for counter in plan.counters:
+        for counter in planned.counters:
             counter.add_(1)
-        for group, indices, states in plan.native:
+        for number, indices, states in planned.native:
             # Parameters that torch's fused kernel takes as they are: same group, same dtype.
             first, second, steps = ([s[key] for s in states] for key in (*_MOMENTS, "step"))
             ours, theirs = ([tensors[i] for i in indices] for tensors in (params, grads))
             if fits(ours, theirs, first, second):
-                adamw(group, scale, ours, theirs, first, second, steps)
+                adamw(groups[number], scale, ours, theirs, first, second, steps)
                 continue
-            options = _arguments(group, scale)
+            options = _arguments(groups[number], scale)
             torch._fused_adamw_(ours, theirs, first, second, [], steps, **options)
-        for group, i, state in plan.staged:
+            torch.autograd.graph.increment_version(ours)
+        for number, i, state in planned.staged:
             seed = hash((self._seed, i, int(state["step"].item()))) if self._rounding else None
-            update_staged(group, params[i], grads[i], state, scale, seed)
-        return loss
+            update_staged(groups[number], params[i], grads[i], state, scale, seed)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
@@ -535,12 +604,18 @@ class FusedAdamW(PlannedOptimizer):
                 raise ValueError(f"FusedAdamW: {name} must be in [0, 1), got {beta}")
         if not group["eps"] >= 0.0:
             raise ValueError(f"FusedAdamW: eps must be >= 0, got {group['eps']}")
-        if group["amsgrad"] or group["differentiable"]:
-            raise ValueError(
-                "FusedAdamW: amsgrad and differentiable are not supported; use torch's"
-            )
-        for param in group["params"]:
-            if param.dtype not in _DTYPES:
-                raise TypeError(
-                    f"FusedAdamW: parameters must be {[str(d) for d in _DTYPES]}, got {param.dtype}"
+        for option in ("amsgrad", "differentiable"):
+            if group[option]:
+                raise ValueError(
+                    f"FusedAdamW: {option}=True is not supported; use torch.optim.AdamW"
                 )
+        if not group["decoupled_weight_decay"] and group["weight_decay"] != 0:
+            raise ValueError(
+                "FusedAdamW: weight decay is decoupled; use torch.optim.Adam to add it to gradients"
+            )
+
+    def _check_param(self, param: Tensor) -> None:
+        if param.dtype not in _DTYPES:
+            raise TypeError(
+                f"FusedAdamW: parameters must be {[str(d) for d in _DTYPES]}, got {param.dtype}"
+            )

@@ -36,7 +36,10 @@ class Op(NamedTuple):
 
 def uneven(outputs: list[Tensor]) -> list[Tensor]:
     """Return gradients for outputs: the same in every dtype, never 1, which has a shortcut."""
-    wide = [torch.arange(o.numel(), device=o.device).view_as(o).sin() + 1.5 for o in outputs]
+    wide = [
+        torch.arange(o.numel(), device=o.device).to(torch.float32).view_as(o).sin() + 1.5
+        for o in outputs
+    ]
     return [w.bfloat16().to(o) for w, o in zip(wide, outputs, strict=True)]
 
 
@@ -64,7 +67,15 @@ def results(
 
 
 def _normal(dtype: str, *shape: int, size: float = 1.0) -> Tensor:
-    return (torch.randn(*shape) * size).to(DTYPES[dtype])
+    return (torch.randn(*shape, dtype=torch.float32) * size).to(DTYPES[dtype])
+
+
+def _uniform(*shape: int) -> Tensor:
+    return torch.rand(*shape, dtype=torch.float32)
+
+
+def _scalar(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float32)
 
 
 def _both(name: str, call: Callable[..., Any] | None = None) -> tuple[Any, Any]:
@@ -82,7 +93,7 @@ def cross_entropy(
         targets[-1] = -100
     if every:
         options |= {"z_loss": 1e-3, "label_smoothing": 0.1, "softcap": 8.0, "return_lse": True}
-        options |= {"class_weight": torch.rand(n_cols), "token_weight": torch.rand(n_rows)}
+        options |= {"class_weight": _uniform(n_cols), "token_weight": _uniform(n_rows)}
     logits = _normal(dtype, n_rows, n_cols, size=3.0)
     calls = _both("cross_entropy", lambda fn, *inputs: fn(*inputs, **options))
     return Op(*calls, (logits,), (targets,), F.cross_entropy, 2 * logits.nbytes)
@@ -152,7 +163,7 @@ def apply_rope(
     dtype: str, head_dim: int, n_tokens: int = 5, batch: int = 2, heads: tuple[int, int] = (4, 2)
 ) -> Op:
     """RoPE of queries and keys, which have so many heads each."""
-    angle = torch.rand(n_tokens, head_dim // 2) * 6.283
+    angle = _uniform(n_tokens, head_dim // 2) * 6.283
     q, k = (_normal(dtype, batch, n_tokens, n, head_dim) for n in heads)
 
     def usual(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -167,9 +178,9 @@ def adamw(dtype: str, n: int, *, offset: int = 0, scalars: bool = False, **optio
     lr = 0.1
     values = [_normal(dtype, n + offset)[offset:] for _ in range(2)]
     state_dtype = options.get("state_dtype") or DTYPES[dtype]
-    moments = [_normal("fp32", n, size=0.1).to(state_dtype), torch.rand(n).to(state_dtype)]
-    given = {"clip_coefficient": torch.tensor(0.5), "grad_scale": torch.tensor(2.0)}
-    given["found_inf"] = torch.zeros(())
+    moments = [_normal("fp32", n, size=0.1).to(state_dtype), _uniform(n).to(state_dtype)]
+    given = {"clip_coefficient": _scalar(0.5), "grad_scale": _scalar(2.0)}
+    given["found_inf"] = _scalar(0.0)
 
     def ours(param: Tensor, grad: Tensor, m: Tensor, v: Tensor) -> Outputs:
         leaf = nn.Parameter(param.detach().new_empty(n + offset)[offset:])
@@ -196,12 +207,13 @@ def adamw(dtype: str, n: int, *, offset: int = 0, scalars: bool = False, **optio
 def muon(dtype: str, rows: int, cols: int, *, products: str = "fp32", scalars: bool = False) -> Op:
     """A step of Muon: two matrices and their momenta after it."""
     lr, decay, scale = 0.02, 0.1, 0.2 * max(rows, cols) ** 0.5
-    given = {"clip_coefficient": torch.tensor(0.5), "found_inf": torch.zeros(())}
+    given = {"clip_coefficient": _scalar(0.5), "found_inf": _scalar(0.0)}
+    lr_tensor = _scalar(lr)
 
     def ours(*tensors: Tensor) -> Outputs:
         params, grads, momenta = ([t.detach() for t in tensors[i::3]] for i in range(3))
         leaves = [nn.Parameter(p.clone()) for p in params]
-        rate = torch.tensor(lr) if scalars else lr
+        rate = lr_tensor if scalars else lr
         options = {"weight_decay": decay, "ns_dtype": DTYPES[products]}
         optimizer = kernels.Muon(leaves, rate, **options)
         for leaf, grad, momentum in zip(leaves, grads, momenta, strict=True):
@@ -289,7 +301,7 @@ def floor_bytes(kernel: str, signature: Mapping[str, str], flags: Mapping[str, A
         # With an incoming gradient of 1 the gradient is already there.
         return 0 if flags["SKIP_UNIT"] else size("logits_ptr") * (1 + flags["WRITE_GRAD"])
     if kernel == "adamw_kernel":
-        weight = 8 + size("P") if flags["HAS_MASTER"] else 2 * size("P")
+        weight = 2 * size("P") + (8 if flags["HAS_MASTER"] else 0)
         return weight + size("G") + 2 * size("M") + 2 * size("V")
     if kernel == "_sum_squares_kernel":
         return size("DTYPE")

@@ -52,8 +52,9 @@ class GradNorm(NamedTuple):
 def grad_norm_reference(tensors: Iterable[Tensor | None], max_norm: float = math.inf) -> GradNorm:
     """Compute `grad_norm` in fp64 with plain torch operations."""
     squares = [local_tensor(t).double().square().sum() for t in tensors if t is not None]
-    norm = torch.stack(squares).sum().sqrt() if squares else torch.zeros((), dtype=torch.float64)
-    return _finish(norm.float(), max_norm)
+    if not squares:
+        return _of_nothing(max_norm)
+    return _finish(torch.stack(squares).sum().sqrt().float(), max_norm)
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
@@ -67,6 +68,10 @@ def local_tensor(tensor: Tensor) -> Tensor:
 def _finish(norm: Tensor, max_norm: float) -> GradNorm:
     found_inf = (~norm.isfinite()).float()
     return GradNorm(norm, found_inf, (max_norm / (norm + _EPS)).clamp(max=1.0))
+
+
+def _of_nothing(max_norm: float) -> GradNorm:
+    return _finish(torch.zeros((), dtype=torch.float32, device="cpu"), max_norm)
 
 
 def _flat(tensor: Tensor) -> Tensor:
@@ -174,7 +179,7 @@ def grad_norm(
     Args:
         tensors: gradients of any shapes, fp32, bf16 or fp16, on one device; a DTensor counts with
             the shard this rank holds. None, the gradient of what has none, is left out. An empty
-            list has norm zero.
+            list has norm zero, on the CPU.
         max_norm: norm above which ``clip_coefficient`` falls below one.
         group: process group over which the tensors are sharded; the sums of squares are added over
             it, which makes the norm that of the whole tensors. None: of what this rank holds, also
@@ -195,7 +200,7 @@ def grad_norm(
     tensors = [tensors] if isinstance(tensors, Tensor) else tensors
     local = [local_tensor(t) for t in tensors if t is not None]
     if not local:
-        return _finish(torch.zeros(()), max_norm)
+        return _of_nothing(max_norm)
     device = local[0].device
     for tensor in local:
         if tensor.device != device:

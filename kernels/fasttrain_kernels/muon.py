@@ -22,6 +22,7 @@ Training, arXiv:2502.16982 (the AdamW-matching scale).
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -30,12 +31,15 @@ from torch import Tensor
 
 from ._dispatch import use_triton
 from ._multi_tensor import TensorTable, load_pointer, triton_dtype
-from ._optimizer import Plan, PlannedOptimizer
+from ._optimizer import Plan, PlannedOptimizer, planned_step
 from ._triton import tl, triton
 from .grad_norm import local_tensor
 from .newton_schulz import Quintic, newton_schulz, products_dtype, quintics
 
 MUON_SCALES = ("match_adamw", "spectral", "none")
+# torch.optim.Muon's adjust_lr_fn. It takes what it does not know, in a state, for no adjustment.
+_ADJUST_LR_FNS = {"match_adamw": "match_rms_adamw", "spectral": "original", "none": "none"}
+_TORCH_EPS = 1e-7  # torch.optim.Muon's default; `newton_schulz` needs none
 
 
 @triton.jit
@@ -96,7 +100,27 @@ def muon_apply_kernel(
 def _shape_scale(scale: str, rows: int, cols: int) -> float:
     if scale == "match_adamw":
         return 0.2 * math.sqrt(max(rows, cols))
-    return math.sqrt(max(1.0, rows / cols)) if scale == "spectral" else 1.0
+    return math.sqrt(max(1.0, rows / max(1, cols))) if scale == "spectral" else 1.0
+
+
+def _ns_coefficients(coefficients: str | Sequence[Quintic], steps: int) -> Quintic:
+    """Return the triple that stands for these in torch.optim.Muon, which has one for all steps."""
+    first, *others = quintics(coefficients, steps)
+    a, b, c = first if all(other == first for other in others) else quintics("quintic", 1)[0]
+    return a, b, c
+
+
+def _scale_of(adjust_lr_fn: str | None) -> str:
+    """Return this optimizer's name of torch.optim.Muon's ``adjust_lr_fn``."""
+    if adjust_lr_fn is None:
+        return "spectral"
+    for scale, theirs in _ADJUST_LR_FNS.items():
+        if adjust_lr_fn == theirs:
+            return scale
+    raise ValueError(
+        "Muon: adjust_lr_fn must be 'original' (scale='spectral') or 'match_rms_adamw' "
+        f"(scale='match_adamw'), got {adjust_lr_fn!r}"
+    )
 
 
 def shard_group(param: Any) -> dist.ProcessGroup | None:
@@ -142,8 +166,10 @@ class Batch:
         shape: tuple[int, int],
         ranks: dist.ProcessGroup | None,
         first_owner: int,
+        number: int = 0,
     ) -> None:
         self.group, self.scale, self.shape = group, scale, shape
+        self.number = number  # of the group, which is another dictionary in the next step perhaps
         self.ranks, self.first_owner = ranks, first_owner
         self.indices: list[int] = []
         self.momenta: list[Tensor] = []  # the local rows, (local r, c) each
@@ -259,8 +285,8 @@ def _is_for_triton(weight: Tensor) -> bool:
 class _Plan(Plan):
     """The batches of matrices that are updated together."""
 
-    def __init__(self, params: list[Tensor], grads: list[Tensor | None]) -> None:
-        super().__init__(params, grads, "momentum_buffer")
+    def __init__(self, layout: list[Any], params: list[Tensor], grads: list[Tensor | None]) -> None:
+        super().__init__(layout, params, grads, ["momentum_buffer"])
         self.batches: list[Batch] = []
 
 
@@ -269,7 +295,8 @@ class Muon(PlannedOptimizer):
 
     Args:
         params: matrices (fp32, bf16, fp16), or dicts of parameter groups.
-        lr: learning rate, a float or a 0-dim tensor. With ``scale="match_adamw"`` AdamW's value.
+        lr: learning rate, a float or a tensor of one element. With ``scale="match_adamw"`` AdamW's
+            value.
         momentum: decay rate of the momentum.
         nesterov: use the momentum one step ahead.
         weight_decay: decoupled weight decay, multiplied by the learning rate.
@@ -277,19 +304,32 @@ class Muon(PlannedOptimizer):
         coefficients: of `newton_schulz`.
         scale: "match_adamw", "spectral" or "none", see the module's docstring.
         ns_dtype: dtype of the iteration's products; None: as `newton_schulz` chooses.
+        ns_coefficients: torch.optim.Muon's name of one triple (a, b, c) for all steps.
+        eps: ignored, kept for torch.optim.Muon; directions here do not depend on a norm's size.
+        adjust_lr_fn: torch.optim.Muon's name of the scale, "match_rms_adamw" for "match_adamw" or
+            "original" for "spectral".
 
     Raises:
         ValueError: a hyper-parameter is out of range, or a parameter is not a matrix.
         TypeError: in a step, a DTensor that is neither replicated nor sharded by rows.
 
-    Numerics: momentum in the parameter's dtype. Two runs agree bit for bit. ``state_dict`` is
-        interchangeable with `torch.optim.Muon`'s state (``momentum_buffer``).
+    Numerics: momentum in the parameter's dtype. Two runs agree bit for bit. Of a parameter listed
+        several times, each occurrence is an update, one after the other.
+        Beside `torch.optim.Muon`: other defaults (its are ``lr=1e-3``, ``weight_decay=0.1``,
+        ``ns_coefficients=(3.4445, -4.775, 2.0315)``, ``adjust_lr_fn="original"``) and another order
+        of arguments, so pass them by name. ``state_dict`` can be exchanged with it in both
+        directions; groups have its settings too. Where steps have coefficients of their own, it
+        goes on with its default.
     Memory: one momentum a parameter; during a step, for one shape at a time, the stacked
         gradients and the iteration's copies.
     Source: kellerjordan.github.io/posts/muon; arXiv:2502.16982.
     """
 
     _pickled = ("_ns_dtype",)
+    _loadable = "Muon or torch.optim.Muon"
+    _group_keys = ("lr", "momentum", "nesterov", "weight_decay", "ns_steps")
+    _state_keys = ("momentum_buffer",)
+    _moments = ("momentum_buffer",)
 
     def __init__(
         self,
@@ -303,13 +343,55 @@ class Muon(PlannedOptimizer):
         *,
         scale: str = "match_adamw",
         ns_dtype: torch.dtype | None = None,
+        ns_coefficients: Quintic | None = None,
+        eps: float = _TORCH_EPS,
+        adjust_lr_fn: str | None = None,
     ) -> None:
         self._ns_dtype = ns_dtype
+        if ns_coefficients is not None:
+            if coefficients != "polar_express":
+                raise ValueError("Muon: pass either coefficients or ns_coefficients")
+            coefficients = [ns_coefficients]
+        if adjust_lr_fn is not None:
+            if scale not in ("match_adamw", _scale_of(adjust_lr_fn)):
+                raise ValueError("Muon: pass either scale or adjust_lr_fn")
+            scale = _scale_of(adjust_lr_fn)
         defaults = {
             "lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay,
-            "ns_steps": ns_steps, "coefficients": coefficients, "scale": scale,
+            "ns_steps": ns_steps, "coefficients": coefficients, "scale": scale, "eps": eps,
         }  # fmt: skip
         super().__init__(params, defaults)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state and the groups' settings, under torch.optim.Muon's names too."""
+        saved = super().state_dict()
+        for group in saved["param_groups"]:
+            steps, coefficients = group["ns_steps"], group["coefficients"]
+            group["ns_coefficients"] = _ns_coefficients(coefficients, steps)
+            group["adjust_lr_fn"] = _ADJUST_LR_FNS[group["scale"]]
+        return saved
+
+    def _adopt(self, group: dict[str, Any]) -> None:
+        if "adjust_lr_fn" in group:
+            group["scale"] = _scale_of(group.pop("adjust_lr_fn"))
+        if "ns_coefficients" in group:
+            triple = tuple(group.pop("ns_coefficients"))
+            jordan = quintics("quintic", 1)[0]
+            group["coefficients"] = "quintic" if triple == jordan else [triple]
+
+    def _accept(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        groups = [dict(group) for group in state_dict["param_groups"]]
+        for group in groups:
+            if "coefficients" in group:  # else it is torch.optim.Muon's own
+                same = _ns_coefficients(group["coefficients"], group.get("ns_steps", 1))
+                if group.get("ns_coefficients") == same:  # not set since it was this optimizer's
+                    del group["ns_coefficients"]
+        return super()._accept({**state_dict, "param_groups": groups})
+
+    def _layout(self) -> list[Any]:
+        for group in self.param_groups:
+            self._adopt(group)
+        return [(len(group["params"]), group["scale"]) for group in self.param_groups]
 
     def new_state(self, param: Tensor) -> dict[str, Any]:
         """Return the state that the first step makes for a parameter, which may be on meta."""
@@ -328,14 +410,18 @@ class Muon(PlannedOptimizer):
                 held[number, tuple(p.shape)] += own
         return max(held.values(), default=0)
 
-    def _build_plan(self, params: list[Tensor], grads: list[Tensor | None]) -> _Plan:
-        plan = _Plan(params, grads)
-        groups = [group for group in self.param_groups for _ in group["params"]]
+    def _build_plan(
+        self, layout: list[Any], params: list[Tensor], grads: list[Tensor | None]
+    ) -> _Plan:
+        plan = _Plan(layout, params, grads)
+        numbers = [n for n, group in enumerate(self.param_groups) for _ in group["params"]]
+        occurrences: Counter[Tensor] = Counter()
         batches: dict[tuple[Any, ...], Batch] = {}
         n_sharded = 0  # deals out shapes of few matrices to different ranks
-        for i, (param, grad, group) in enumerate(zip(params, grads, groups, strict=True)):
+        for i, (param, grad, number) in enumerate(zip(params, grads, numbers, strict=True)):
             if grad is None:
                 continue
+            group = self.param_groups[number]
             rows, cols = param.shape
             is_whole = local_tensor(param) is param  # not a DTensor
             ranks = None if is_whole else shard_group(param)
@@ -343,21 +429,23 @@ class Muon(PlannedOptimizer):
             shape = (rows, cols)
             if is_whole and not _is_for_triton(param):
                 shape = (min(shape), max(shape))
-            key = (id(group), scale, shape, param.dtype, param.device, ranks)
+            state = self._state_of(param, grad)
+            momentum = state["momentum_buffer"]
+            dtypes = (param.dtype, grad.dtype, momentum.dtype)
+            key = (occurrences[param], number, scale, shape, dtypes, param.device, ranks)
+            occurrences[param] += 1
             if key not in batches:
-                batches[key] = Batch(group, scale, shape, ranks, n_sharded)
+                batches[key] = Batch(group, scale, shape, ranks, n_sharded, number)
             n_sharded += not is_whole
-            state = self.state[param]
-            if "momentum_buffer" not in state:
-                state |= self.new_state(param)
             batches[key].indices.append(i)
-            batches[key].momenta.append(local_tensor(state["momentum_buffer"]))
+            batches[key].momenta.append(local_tensor(momentum))
             plan.add(param, state)
-        plan.batches = list(batches.values())
+        # One after the other what is listed several times; else in the order of the parameters.
+        plan.batches = [batches[key] for key in sorted(batches, key=itemgetter(0))]
         return plan
 
-    @torch.no_grad()
-    def step(  # type: ignore[override]
+    @planned_step
+    def step(
         self,
         closure: Callable[[], float] | None = None,
         *,
@@ -380,11 +468,13 @@ class Muon(PlannedOptimizer):
         loss = None if closure is None else torch.enable_grad()(closure)()
         params, grads, plan = self._planned()
         for batch in plan.batches:
+            batch.group = self.param_groups[batch.number]
             weights = [local_tensor(params[i]) for i in batch.indices]
             here = [local_tensor(g) for i in batch.indices if (g := grads[i]) is not None]
             dtype = self._ns_dtype or products_dtype(weights[0].device)
             if _is_for_triton(weights[0]):
                 batch.update(weights, here, dtype, clip_coefficient, found_inf)
+                torch.autograd.graph.increment_version([params[i] for i in batch.indices])
             elif found_inf is None or found_inf.item() == 0:
                 batch.update_in_torch(weights, here, dtype, clip_coefficient)
         return loss
@@ -395,10 +485,16 @@ class Muon(PlannedOptimizer):
             raise ValueError(f"Muon: momentum must be in [0, 1), got {group['momentum']}")
         if group["scale"] not in MUON_SCALES:
             raise ValueError(f"Muon: scale must be one of {MUON_SCALES}, got {group['scale']!r}")
+        if isinstance(group["nesterov"], float):
+            raise ValueError(
+                f"Muon: nesterov must be True or False, got {group['nesterov']}; pass arguments by "
+                "name, as torch.optim.Muon has them in another order"
+            )
         quintics(group["coefficients"], group["ns_steps"])
-        for param in group["params"]:
-            if param.ndim != 2 or not param.is_floating_point():
-                raise ValueError(
-                    f"Muon: parameters must be floating-point matrices, got shape "
-                    f"{tuple(param.shape)} and {param.dtype}; give others to FusedAdamW"
-                )
+
+    def _check_param(self, param: Tensor) -> None:
+        if param.ndim != 2 or not param.is_floating_point():
+            raise ValueError(
+                f"Muon: parameters must be floating-point matrices, got shape "
+                f"{tuple(param.shape)} and {param.dtype}; give others to FusedAdamW"
+            )

@@ -69,8 +69,8 @@ def _optimal_quintic(lower: float, upper: float) -> Quintic:
         previous = error
         points = [lower, *inner, upper]
         rows = [[x, x**3, x**5, (-1.0) ** i] for i, x in enumerate(points)]
-        system = torch.tensor(rows, dtype=torch.float64)
-        a, b, c, error = torch.linalg.solve(system, torch.ones(4, dtype=torch.float64)).tolist()
+        system = torch.tensor(rows, dtype=torch.float64, device="cpu")
+        a, b, c, error = torch.linalg.solve(system, torch.ones_like(system[0])).tolist()
         root = math.sqrt(9 * b * b - 20 * a * c)
         inner = [math.sqrt((-3 * b + sign * root) / (10 * c)) for sign in (-1, 1)]
     return a, b, c
@@ -210,7 +210,7 @@ def newton_schulz(
 
 def _tighten(gram: Tensor, b: float, c: float) -> tuple[Tensor, Tensor, Tensor]:
     """Return A and b A + c A² of s·X, whose bound ‖A²‖_F^(1/4) is 1, and s; given A of X."""
-    scale = torch.ones((), device=gram.device)
+    scale = torch.ones((), dtype=torch.float32, device=gram.device)
     if gram.dtype is not torch.float16:  # its X has been scaled already
         # The trace is ‖X‖_F². A power of two costs no digit.
         trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1, dtype=torch.float32)[:, None, None]

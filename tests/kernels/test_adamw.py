@@ -244,9 +244,14 @@ def test_moments_that_cpp_cannot_take_are_not_taken(cpp_device: torch.device) ->
     (param,) = make([(100,)], cpp_device, torch.float32)
     optimizer = FusedAdamW([param])
     run_torch([param], optimizer, range(1))
-    optimizer.state[param]["exp_avg"] = optimizer.state[param]["exp_avg"].bfloat16()
-    with pytest.raises(RuntimeError, match="Float"):
-        run_torch([param], optimizer, range(1))
+    state = optimizer.state[param]
+    state["exp_avg"] = state["exp_avg"].bfloat16()
+    before = [t.detach().clone() for t in (param, state["exp_avg"], state["exp_avg_sq"])]
+    run_torch([param], optimizer, range(1, 2))
+    expected = adamw_reference(before[0], param.grad, *before[1:], 2, lr=1e-3)
+    for ours, exact in zip((param, state["exp_avg"], state["exp_avg_sq"]), expected, strict=True):
+        tolerance = {"rtol": 1e-2, "atol": 0} if ours.dtype == torch.bfloat16 else {}
+        torch.testing.assert_close(ours.detach(), exact.to(ours.dtype), **tolerance)
 
 
 def test_where_it_cannot_be_built_torch_computes(
@@ -521,11 +526,9 @@ def test_torch_optimizer_inputs(path: torch.device) -> None:
     for case in torchs.optim_inputs_func_adamw(path.type):
         options = {k: v for k, v in case.kwargs.items() if k not in ("foreach", "fused")}
         if options.pop("amsgrad", False):
-            with pytest.raises(TypeError, match="amsgrad"):
-                FusedAdamW([nn.Parameter(torch.ones(2))], amsgrad=True)  # type: ignore[call-arg]
+            with pytest.raises(ValueError, match="amsgrad"):
+                FusedAdamW([nn.Parameter(torch.ones(2))], amsgrad=True)
             continue
-        if any(isinstance(beta, Tensor) for beta in options.get("betas", ())):
-            continue  # tensor betas: not an option of this optimizer
         a, b = make(SHAPES, path, torch.float32), make(SHAPES, path, torch.float32)
         run_torch(a, FusedAdamW(a, **options), range(3))
         options.pop("capturable", None)
