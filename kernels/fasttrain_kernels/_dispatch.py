@@ -91,7 +91,7 @@ def is_composed(tensor: torch.Tensor) -> bool:
 
 def is_abstract(tensor: torch.Tensor) -> bool:
     """Return whether ``tensor`` has no data: it is traced, fake, or on ``meta``."""
-    return type(tensor) is not torch.Tensor or tensor.is_meta
+    return type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.is_meta
 
 
 def is_traced(tensor: torch.Tensor) -> bool:
@@ -116,10 +116,13 @@ def pull_back(
     return torch.autograd.grad(y, leaves, upstream, create_graph=create_graph)
 
 
-def differentiable_once(name: str, backward: Callable[..., Any]) -> Callable[..., Any]:
+def differentiable_once(
+    name: str, backward: Callable[..., Any], *, instead: str | None = None
+) -> Callable[..., Any]:
     """Return ``backward``, of whose results further gradients are an error that names ``name``.
 
-    Where it is transformed it is left alone: what it does then is plain torch.
+    The error names what can be used ``instead``, by default the reference. Where ``backward`` is
+    transformed it is left alone: what it does then is plain torch.
     """
 
     def differentiate(ctx: Any, *grads: torch.Tensor | None) -> Any:
@@ -131,7 +134,7 @@ def differentiable_once(name: str, backward: Callable[..., Any]) -> Callable[...
         results = [
             g.detach().requires_grad_() if isinstance(g, torch.Tensor) else g for g in result
         ]
-        return _Last.apply(name, *results)
+        return _Last.apply(name, instead or f"{name}_reference", *results)
 
     return differentiate
 
@@ -174,10 +177,10 @@ class _Last(torch.autograd.Function):
     """The identity, whose backward is an error."""
 
     @staticmethod
-    def forward(ctx: Any, name: str, *grads: torch.Tensor | None) -> Any:
-        ctx.name = name
+    def forward(ctx: Any, name: str, instead: str, *grads: torch.Tensor | None) -> Any:
+        ctx.message = f"{name} can be differentiated once; use {instead}"
         return grads
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
-        raise RuntimeError(f"{ctx.name} can be differentiated once; use {ctx.name}_reference")
+        raise RuntimeError(ctx.message)

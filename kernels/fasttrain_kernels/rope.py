@@ -126,8 +126,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _rotate_back(op: Any, ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor, Tensor]:
     cos, sin = ctx.saved_tensors
     if is_transformed(dq, dk):
-        sin = sin if ctx.inverse else -sin
-        return _compose(dq, cos, sin), _compose(dk, cos, sin)
+        return apply_rope_reference(dq, dk, cos, sin if ctx.inverse else -sin)
     rotated: tuple[Tensor, Tensor] = op(dq, dk, cos, sin, not ctx.inverse)
     return rotated
 
@@ -205,8 +204,10 @@ def apply_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, 
     """
     _check(q, k, cos, sin)
     cos, sin = cos.detach(), sin.detach()
-    if is_composed(q):
+    if torch.compiler.is_compiling():
         return _compose(q, cos, sin), _compose(k, cos, sin)
+    if is_composed(q):
+        return apply_rope_reference(q, k, cos, sin)
     if use_triton(q) and q.dtype in TRITON_DTYPES and k.dtype in TRITON_DTYPES:
         q, k = _rope_op(q, k, cos, sin, False)
     else:
