@@ -68,50 +68,36 @@ _CPU_BLOCK_BYTES = 2**20
 _CALL = "cross_entropy(logits, targets, weight, reduction=…)"
 
 
+class CrossEntropyKeywords(Keywords, total=False):
+    """Those of `cross_entropy` that do not change the type of its result."""
+
+    inplace: bool
+
+
 @overload
 def cross_entropy_reference(
-    logits: Tensor,
-    targets: Tensor,
-    weight: Tensor | None = ...,
-    *,
-    return_lse: Literal[False] = ...,
-    return_accuracy: Literal[False] = ...,
-    inplace: bool = ...,
-    **options: Unpack[Keywords],
-) -> Tensor: ...
+    logits: Tensor, targets: Tensor, weight: Tensor | None = ..., *,
+    return_lse: Literal[False] = ..., return_accuracy: Literal[False] = ...,
+    **options: Unpack[CrossEntropyKeywords],
+) -> Tensor: ...  # fmt: skip
 @overload
 def cross_entropy_reference(
-    logits: Tensor,
-    targets: Tensor,
-    weight: Tensor | None = ...,
-    *,
-    return_lse: Literal[True],
-    return_accuracy: bool = ...,
-    inplace: bool = ...,
-    **options: Unpack[Keywords],
-) -> tuple[Tensor, ...]: ...
+    logits: Tensor, targets: Tensor, weight: Tensor | None = ..., *,
+    return_lse: Literal[True], return_accuracy: bool = ...,
+    **options: Unpack[CrossEntropyKeywords],
+) -> tuple[Tensor, ...]: ...  # fmt: skip
 @overload
 def cross_entropy_reference(
-    logits: Tensor,
-    targets: Tensor,
-    weight: Tensor | None = ...,
-    *,
-    return_lse: bool = ...,
-    return_accuracy: Literal[True],
-    inplace: bool = ...,
-    **options: Unpack[Keywords],
-) -> tuple[Tensor, ...]: ...
+    logits: Tensor, targets: Tensor, weight: Tensor | None = ..., *,
+    return_lse: bool = ..., return_accuracy: Literal[True],
+    **options: Unpack[CrossEntropyKeywords],
+) -> tuple[Tensor, ...]: ...  # fmt: skip
 @overload
 def cross_entropy_reference(
-    logits: Tensor,
-    targets: Tensor,
-    weight: Tensor | None = ...,
-    *,
-    return_lse: bool = ...,
-    return_accuracy: bool = ...,
-    inplace: bool = ...,
-    **options: Unpack[Keywords],
-) -> Tensor | tuple[Tensor, ...]: ...
+    logits: Tensor, targets: Tensor, weight: Tensor | None = ..., *,
+    return_lse: bool = ..., return_accuracy: bool = ...,
+    **options: Unpack[CrossEntropyKeywords],
+) -> Tensor | tuple[Tensor, ...]: ...  # fmt: skip
 def cross_entropy_reference(
     logits: Tensor,
     targets: Tensor,
@@ -454,48 +440,28 @@ class _InPlace(torch.autograd.Function):
 
 @overload
 def cross_entropy(
-    logits: Tensor,
-    targets: Tensor,
-    weight: Tensor | None = ...,
-    *,
-    return_lse: Literal[False] = ...,
-    return_accuracy: Literal[False] = ...,
-    inplace: bool = ...,
-    **options: Unpack[Keywords],
-) -> Tensor: ...
+    logits: Tensor, targets: Tensor, weight: Tensor | None = ..., *,
+    return_lse: Literal[False] = ..., return_accuracy: Literal[False] = ...,
+    **options: Unpack[CrossEntropyKeywords],
+) -> Tensor: ...  # fmt: skip
 @overload
 def cross_entropy(
-    logits: Tensor,
-    targets: Tensor,
-    weight: Tensor | None = ...,
-    *,
-    return_lse: Literal[True],
-    return_accuracy: bool = ...,
-    inplace: bool = ...,
-    **options: Unpack[Keywords],
-) -> tuple[Tensor, ...]: ...
+    logits: Tensor, targets: Tensor, weight: Tensor | None = ..., *,
+    return_lse: Literal[True], return_accuracy: bool = ...,
+    **options: Unpack[CrossEntropyKeywords],
+) -> tuple[Tensor, ...]: ...  # fmt: skip
 @overload
 def cross_entropy(
-    logits: Tensor,
-    targets: Tensor,
-    weight: Tensor | None = ...,
-    *,
-    return_lse: bool = ...,
-    return_accuracy: Literal[True],
-    inplace: bool = ...,
-    **options: Unpack[Keywords],
-) -> tuple[Tensor, ...]: ...
+    logits: Tensor, targets: Tensor, weight: Tensor | None = ..., *,
+    return_lse: bool = ..., return_accuracy: Literal[True],
+    **options: Unpack[CrossEntropyKeywords],
+) -> tuple[Tensor, ...]: ...  # fmt: skip
 @overload
 def cross_entropy(
-    logits: Tensor,
-    targets: Tensor,
-    weight: Tensor | None = ...,
-    *,
-    return_lse: bool = ...,
-    return_accuracy: bool = ...,
-    inplace: bool = ...,
-    **options: Unpack[Keywords],
-) -> Tensor | tuple[Tensor, ...]: ...
+    logits: Tensor, targets: Tensor, weight: Tensor | None = ..., *,
+    return_lse: bool = ..., return_accuracy: bool = ...,
+    **options: Unpack[CrossEntropyKeywords],
+) -> Tensor | tuple[Tensor, ...]: ...  # fmt: skip
 @tell_apart(_CALL, **REMEDIES, input="it is named logits")
 def cross_entropy(
     logits: Tensor,

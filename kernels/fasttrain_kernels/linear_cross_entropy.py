@@ -68,58 +68,38 @@ _STRIP_COLS = 2048
 _CALL = "linear_cross_entropy(hidden, layer.weight, targets, bias=layer.bias)"
 
 
+class LinearKeywords(Keywords, total=False):
+    """Those of `linear_cross_entropy` that do not change the type of its result."""
+
+    bias: Tensor | None
+    max_chunk_mib: float | None
+    unit_gradient: bool
+
+
 @overload
 def linear_cross_entropy_reference(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    return_lse: Literal[False] = ...,
-    return_accuracy: Literal[False] = ...,
-    bias: Tensor | None = ...,
-    max_chunk_mib: float | None = ...,
-    unit_gradient: bool = ...,
-    **options: Unpack[Keywords],
-) -> Tensor: ...
+    hidden: Tensor, weight: Tensor, targets: Tensor, *,
+    return_lse: Literal[False] = ..., return_accuracy: Literal[False] = ...,
+    **options: Unpack[LinearKeywords],
+) -> Tensor: ...  # fmt: skip
 @overload
 def linear_cross_entropy_reference(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    return_lse: Literal[True],
-    return_accuracy: bool = ...,
-    bias: Tensor | None = ...,
-    max_chunk_mib: float | None = ...,
-    unit_gradient: bool = ...,
-    **options: Unpack[Keywords],
-) -> tuple[Tensor, ...]: ...
+    hidden: Tensor, weight: Tensor, targets: Tensor, *,
+    return_lse: Literal[True], return_accuracy: bool = ...,
+    **options: Unpack[LinearKeywords],
+) -> tuple[Tensor, ...]: ...  # fmt: skip
 @overload
 def linear_cross_entropy_reference(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    return_lse: bool = ...,
-    return_accuracy: Literal[True],
-    bias: Tensor | None = ...,
-    max_chunk_mib: float | None = ...,
-    unit_gradient: bool = ...,
-    **options: Unpack[Keywords],
-) -> tuple[Tensor, ...]: ...
+    hidden: Tensor, weight: Tensor, targets: Tensor, *,
+    return_lse: bool = ..., return_accuracy: Literal[True],
+    **options: Unpack[LinearKeywords],
+) -> tuple[Tensor, ...]: ...  # fmt: skip
 @overload
 def linear_cross_entropy_reference(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    return_lse: bool = ...,
-    return_accuracy: bool = ...,
-    bias: Tensor | None = ...,
-    max_chunk_mib: float | None = ...,
-    unit_gradient: bool = ...,
-    **options: Unpack[Keywords],
-) -> Tensor | tuple[Tensor, ...]: ...
+    hidden: Tensor, weight: Tensor, targets: Tensor, *,
+    return_lse: bool = ..., return_accuracy: bool = ...,
+    **options: Unpack[LinearKeywords],
+) -> Tensor | tuple[Tensor, ...]: ...  # fmt: skip
 def linear_cross_entropy_reference(
     hidden: Tensor,
     weight: Tensor,
@@ -564,56 +544,28 @@ def _check_shapes(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: 
 
 @overload
 def linear_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    return_lse: Literal[False] = ...,
-    return_accuracy: Literal[False] = ...,
-    bias: Tensor | None = ...,
-    max_chunk_mib: float | None = ...,
-    unit_gradient: bool = ...,
-    **options: Unpack[Keywords],
-) -> Tensor: ...
+    hidden: Tensor, weight: Tensor, targets: Tensor, *,
+    return_lse: Literal[False] = ..., return_accuracy: Literal[False] = ...,
+    **options: Unpack[LinearKeywords],
+) -> Tensor: ...  # fmt: skip
 @overload
 def linear_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    return_lse: Literal[True],
-    return_accuracy: bool = ...,
-    bias: Tensor | None = ...,
-    max_chunk_mib: float | None = ...,
-    unit_gradient: bool = ...,
-    **options: Unpack[Keywords],
-) -> tuple[Tensor, ...]: ...
+    hidden: Tensor, weight: Tensor, targets: Tensor, *,
+    return_lse: Literal[True], return_accuracy: bool = ...,
+    **options: Unpack[LinearKeywords],
+) -> tuple[Tensor, ...]: ...  # fmt: skip
 @overload
 def linear_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    return_lse: bool = ...,
-    return_accuracy: Literal[True],
-    bias: Tensor | None = ...,
-    max_chunk_mib: float | None = ...,
-    unit_gradient: bool = ...,
-    **options: Unpack[Keywords],
-) -> tuple[Tensor, ...]: ...
+    hidden: Tensor, weight: Tensor, targets: Tensor, *,
+    return_lse: bool = ..., return_accuracy: Literal[True],
+    **options: Unpack[LinearKeywords],
+) -> tuple[Tensor, ...]: ...  # fmt: skip
 @overload
 def linear_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    return_lse: bool = ...,
-    return_accuracy: bool = ...,
-    bias: Tensor | None = ...,
-    max_chunk_mib: float | None = ...,
-    unit_gradient: bool = ...,
-    **options: Unpack[Keywords],
-) -> Tensor | tuple[Tensor, ...]: ...
+    hidden: Tensor, weight: Tensor, targets: Tensor, *,
+    return_lse: bool = ..., return_accuracy: bool = ...,
+    **options: Unpack[LinearKeywords],
+) -> Tensor | tuple[Tensor, ...]: ...  # fmt: skip
 @tell_apart(
     _CALL,
     **REMEDIES,
