@@ -3,6 +3,10 @@
 CPU tensors take the Triton path in two cases only, both meant for tests and inspection: inside
 `triton_on_cpu()`, and in a process started with ``TRITON_INTERPRET=1``, where Triton's interpreter
 executes the very same kernels with NumPy.
+
+Transforms of torch.func (`grad`, `vmap`, `jvp`, …) and forward-mode differentiation do not see into
+an op. There the public functions compute their ``<op>_reference``, and a backward pass that is
+itself transformed (``is_grads_batched``) differentiates it.
 """
 
 import os
@@ -11,8 +15,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from ._torch import is_being_transformed, is_dispatch_observed
+from ._torch import is_batched, is_being_transformed, is_dispatch_observed
 from ._triton import HAS_TRITON
 
 # The ops' namespace is the package's name: a vendored copy does not clash with the original.
@@ -55,6 +60,11 @@ def use_triton(tensor: torch.Tensor) -> bool:
     return wanted
 
 
+def autocasts(device_type: str) -> bool:
+    """Return whether autocast is enabled on a type of device, not all of which have it."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
 def has_memory(tensor: torch.Tensor) -> bool:
     """Return whether C++ may read a plain tensor's elements at its address.
 
@@ -64,27 +74,87 @@ def has_memory(tensor: torch.Tensor) -> bool:
     return not is_being_transformed() and tensor.data_ptr() != 0
 
 
+def is_transformed(*grads: torch.Tensor | None) -> bool:
+    """Return whether a transform asks for plain torch: in backward, where any gradient does."""
+    return is_being_transformed(unknown=False) or any(
+        g is not None and is_batched(g) for g in grads
+    )
+
+
+def is_composed(tensor: torch.Tensor) -> bool:
+    """Return whether an op without products on ``tensor`` is a plain composition of torch's.
+
+    The compiler fuses one, transforms differentiate it, and on ``meta`` there is nothing to save.
+    """
+    return torch.compiler.is_compiling() or tensor.is_meta or is_transformed()
+
+
+def is_abstract(tensor: torch.Tensor) -> bool:
+    """Return whether ``tensor`` has no data: it is traced, fake, or on ``meta``."""
+    return type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.is_meta
+
+
 def is_traced(tensor: torch.Tensor) -> bool:
     """Return whether ops on ``tensor`` are traced, so that each of ours must appear as one op.
 
     In plain eager mode they are not. `torch.autograd.Function` is then enough, and 0.15 ms faster
     than the dispatcher of `torch.library.custom_op` with its many arguments.
     """
-    if torch.compiler.is_compiling() or type(tensor) is not torch.Tensor:
+    if torch.compiler.is_compiling() or is_abstract(tensor):
         return True
     return is_dispatch_observed() or is_being_transformed()
+
+
+def pull_back(
+    function: Callable[..., torch.Tensor], inputs: tuple[torch.Tensor, ...], upstream: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """Return the gradients of a function in plain torch, in a backward pass that is transformed."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        leaves = [x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in inputs]
+        y = function(*leaves)
+    return torch.autograd.grad(y, leaves, upstream, create_graph=create_graph)
+
+
+def differentiable_once(
+    name: str, backward: Callable[..., Any], *, instead: str | None = None
+) -> Callable[..., Any]:
+    """Return ``backward``, of whose results further gradients are an error that names ``name``.
+
+    The error names what can be used ``instead``, by default the reference. Where ``backward`` is
+    transformed it is left alone: what it does then is plain torch.
+    """
+
+    def differentiate(ctx: Any, *grads: torch.Tensor | None) -> Any:
+        if not torch.is_grad_enabled() or is_transformed(*grads):
+            return backward(ctx, *grads)
+        with torch.no_grad():
+            result = backward(ctx, *grads)
+        # `once_differentiable` sees none to refuse where the incoming gradient is constant.
+        results = [
+            g.detach().requires_grad_() if isinstance(g, torch.Tensor) else g for g in result
+        ]
+        return _Last.apply(name, instead or f"{name}_reference", *results)
+
+    return differentiate
 
 
 def define_op(
     name: str, compute: Callable[..., Any], fake: Any, setup_context: Any = None,
     backward: Any = None, *, schema: str | None = None, is_last: bool = True,
+    flops: Callable[..., int] | None = None,
 ) -> Callable[..., Any]:  # fmt: skip
     """Register an op as `torch.library` has it; return what calls it, or where that suffices less.
 
     If it ``is_last``, gradients of its gradients are an error. Its first input is a tensor.
+    ``flops`` returns the operations of its products, for `torch.utils.flop_counter`: its arguments
+    are the op's, with shapes for tensors.
     """
     op = torch.library.custom_op(f"{NAMESPACE}::{name}", compute, mutates_args=(), schema=schema)
     op.register_fake(fake)
+    packet = getattr(getattr(torch.ops, NAMESPACE), name)
+    if flops is not None and packet not in flop_registry:  # is there where a module is reloaded
+        register_flop_formula(packet)(lambda *shapes, out_shape: flops(*shapes))
     plain = compute
     if backward is not None:
         op.register_autograd(backward, setup_context=setup_context)
@@ -94,16 +164,11 @@ def define_op(
             setup_context(ctx, inputs, output)
             return output
 
-        def differentiate(ctx: Any, *grads: torch.Tensor | None) -> Any:
-            if not (is_last and torch.is_grad_enabled()):
-                return backward(ctx, *grads)
-            with torch.no_grad():
-                result = backward(ctx, *grads)
-            # `once_differentiable` sees none to refuse where the incoming gradient is constant.
-            given = [g if g is None else g.detach().requires_grad_() for g in result]
-            return _Last.apply(name.removesuffix("_forward"), *given)
-
-        methods = {"forward": staticmethod(forward), "backward": staticmethod(differentiate)}
+        last = differentiable_once(name.removesuffix("_forward"), backward)
+        methods = {
+            "forward": staticmethod(forward),
+            "backward": staticmethod(last if is_last else backward),
+        }
         plain = type(name, (torch.autograd.Function,), methods).apply  # type: ignore[attr-defined]
     return lambda *inputs: (op if is_traced(inputs[0]) else plain)(*inputs)
 
@@ -112,10 +177,10 @@ class _Last(torch.autograd.Function):
     """The identity, whose backward is an error."""
 
     @staticmethod
-    def forward(ctx: Any, name: str, *grads: torch.Tensor | None) -> Any:
-        ctx.name = name
+    def forward(ctx: Any, name: str, instead: str, *grads: torch.Tensor | None) -> Any:
+        ctx.message = f"{name} can be differentiated once; use {instead}"
         return grads
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
-        raise RuntimeError(f"{ctx.name} can be differentiated once; use {ctx.name}_reference")
+        raise RuntimeError(ctx.message)

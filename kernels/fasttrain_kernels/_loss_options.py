@@ -1,12 +1,40 @@
 """The options of `cross_entropy` and `linear_cross_entropy`: checked once, carried as one value."""
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypedDict, get_args
 
 import torch
 from torch import Tensor
 
-_REDUCTIONS = ("mean", "sum", "none")
+Reduction = Literal["mean", "sum", "none"]
+
+
+class Keywords(TypedDict, total=False):
+    """The options that all losses and their references have, for their signatures."""
+
+    ignore_index: int
+    reduction: Reduction
+    label_smoothing: float
+    z_loss: float
+    softcap: float | None
+    class_weight: Tensor | None
+    token_weight: Tensor | None
+    scale: Tensor | None
+
+
+# What to write instead of arguments of torch, Liger Kernel, flash-attention and others.
+REMEDIES = {
+    "size_average": 'use reduction="mean", "sum" or "none"',
+    "reduce": 'use reduction="mean", "sum" or "none"',
+    "target": "it is named targets",
+    "labels": "it is named targets",
+    "ce_weight": "it is named class_weight",
+    "lse_square_scale": "it is named z_loss",
+    "logit_softcapping": "it is named softcap",
+    "return_z_loss": "compute it as z_loss·lse² from return_lse=True",
+    "return_token_accuracy": "it is named return_accuracy",
+    "shift": "shift the targets by one yourself, with ignore_index at the end",
+}
 
 
 class LossOptions(NamedTuple):
@@ -40,6 +68,13 @@ SCHEMA = (
 )
 
 
+def class_weight_of(name: str, weight: Tensor | None, class_weight: Tensor | None) -> Tensor | None:
+    """Return the class weights, which torch names ``weight``."""
+    if weight is not None and class_weight is not None:
+        raise ValueError(f"{name}: weight is torch's name for class_weight; pass one of them.")
+    return class_weight if weight is None else weight
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype in which losses of logits of ``dtype`` are computed: fp32, or fp64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -56,9 +91,12 @@ def resolve(
     class_weight, token_weight, scale, ignore_index, label_smoothing, z_loss, _ = options
     shape, device = rows.shape[:-1], rows.device
     if targets.dtype not in (torch.int64, torch.int32):
+        remedy = "convert them with targets.long()"
+        if targets.is_floating_point() and targets.shape == (*shape, n_cols):
+            remedy = "probabilities of classes are torch.nn.functional.cross_entropy's alone"
         raise TypeError(
             f"{name}: targets must be class indices in int64 or int32, got {targets.dtype}; "
-            "convert them with targets.long()."
+            f"{remedy}."
         )
     if targets.shape != shape:
         raise ValueError(
@@ -70,8 +108,9 @@ def resolve(
             f"{name}: targets are on {targets.device} but the logits are on {device}; move them "
             "to one device."
         )
-    if reduction not in _REDUCTIONS:
-        raise ValueError(f"{name}: reduction must be one of {_REDUCTIONS}, got {reduction!r}.")
+    if reduction not in get_args(Reduction):
+        allowed = get_args(Reduction)
+        raise ValueError(f"{name}: reduction must be one of {allowed}, got {reduction!r}.")
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"{name}: label_smoothing must lie in [0, 1], got {label_smoothing}.")
     if not (z_loss >= 0.0 and math.isfinite(z_loss)):

@@ -75,10 +75,16 @@ def may_use_amx() -> bool:
     return granted
 
 
-def is_being_transformed() -> bool:
-    """Return whether torch.func or forward-mode differentiation is active. Unknown: True."""
-    peek = _private("_C._functorch.peek_interpreter_stack", lambda: True)
-    return peek() is not None or getattr(forward_ad, "_current_level", 0) >= 0
+def is_being_transformed(*, unknown: bool = True) -> bool:
+    """Return whether torch.func or forward-mode differentiation is active, or ``unknown``."""
+    by_functions: bool = _private("_C._are_functorch_transforms_active", lambda: unknown)()
+    return by_functions or getattr(forward_ad, "_current_level", 0 if unknown else -1) >= 0
+
+
+def is_batched(tensor: torch.Tensor) -> bool:
+    """Return whether ``is_grads_batched`` has made a tensor of several. Unknown: False."""
+    known = _private("_C._functorch.is_legacy_batchedtensor", lambda _: False)
+    return bool(known(tensor))
 
 
 def is_dispatch_observed() -> bool:

@@ -23,23 +23,34 @@ Legend: N rows (tokens), V vocabulary.
 """
 
 from functools import reduce
-from typing import Any
+from typing import Any, Literal, Unpack, overload
 
 import torch
 from torch import Tensor
 
 from ._cross_entropy_cpu import cross_entropy_rows
 from ._cross_entropy_kernels import cross_entropy_kernel
-from ._dispatch import define_op, use_triton
+from ._dispatch import (
+    define_op,
+    is_abstract,
+    is_transformed,
+    pull_back,
+    use_triton,
+)
 from ._launch import scale_unless_one_
 from ._loss_options import (
+    REMEDIES,
     SCHEMA,
+    Keywords,
     LossOptions,
+    Reduction,
     accumulation_dtype,
+    class_weight_of,
     finish,
     mean_scale,
     resolve,
 )
+from ._spelling import require_tensors, tell_apart
 from ._triton import triton
 
 # The most bytes of a row that is kept in registers: 16 to 32 logits a thread, with options, which
@@ -54,14 +65,46 @@ WIDE_ROW_BYTES = 128 * 1024
 # Logits of a block of rows on a CPU, small enough to be in cache still when the passes after the
 # softmax come.
 _CPU_BLOCK_BYTES = 2**20
+_CALL = "cross_entropy(logits, targets, weight, reduction=…)"
 
 
+class CrossEntropyKeywords(Keywords, total=False):
+    """Those of `cross_entropy` that do not change the type of its result."""
+
+    inplace: bool
+
+
+@overload
+def cross_entropy_reference(
+    logits: Tensor, targets: Tensor, weight: Tensor | None = ..., *,
+    return_lse: Literal[False] = ..., return_accuracy: Literal[False] = ...,
+    **options: Unpack[CrossEntropyKeywords],
+) -> Tensor: ...  # fmt: skip
+@overload
+def cross_entropy_reference(
+    logits: Tensor, targets: Tensor, weight: Tensor | None = ..., *,
+    return_lse: Literal[True], return_accuracy: bool = ...,
+    **options: Unpack[CrossEntropyKeywords],
+) -> tuple[Tensor, ...]: ...  # fmt: skip
+@overload
+def cross_entropy_reference(
+    logits: Tensor, targets: Tensor, weight: Tensor | None = ..., *,
+    return_lse: bool = ..., return_accuracy: Literal[True],
+    **options: Unpack[CrossEntropyKeywords],
+) -> tuple[Tensor, ...]: ...  # fmt: skip
+@overload
+def cross_entropy_reference(
+    logits: Tensor, targets: Tensor, weight: Tensor | None = ..., *,
+    return_lse: bool = ..., return_accuracy: bool = ...,
+    **options: Unpack[CrossEntropyKeywords],
+) -> Tensor | tuple[Tensor, ...]: ...  # fmt: skip
 def cross_entropy_reference(
     logits: Tensor,
     targets: Tensor,
+    weight: Tensor | None = None,
     *,
     ignore_index: int = -100,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float | None = None,
@@ -73,6 +116,7 @@ def cross_entropy_reference(
     return_accuracy: bool = False,
 ) -> Tensor | tuple[Tensor, ...]:
     """Compute what `cross_entropy` computes, in plain differentiable torch."""
+    class_weight = class_weight_of("cross_entropy_reference", weight, class_weight)
     n_cols = logits.shape[-1]
     x = logits.reshape(-1, n_cols).to(accumulation_dtype(logits.dtype))
     if softcap is not None:
@@ -117,6 +161,13 @@ def empty_grad(logits: Tensor) -> Tensor:
     align = 16 // logits.element_size()
     stride = n_cols + (logits.stride(0) - n_cols) % align
     return logits.new_empty((n_rows, stride))[:, :n_cols]
+
+
+def have_like_rows(grad: Tensor, logits: Tensor) -> bool:
+    """Return whether the kernel can write a gradient of ``logits`` to the rows of ``grad``."""
+    align = 16 // logits.element_size()
+    is_contiguous = grad.stride(1) == 1 or grad.shape[1] == 1
+    return is_contiguous and (grad.stride(0) - logits.stride(0)) % align == 0
 
 
 def _configuration(
@@ -282,32 +333,57 @@ _backward = define_op(
 )  # fmt: skip
 
 
+def composed_loss(logits: Tensor, targets: Tensor, options: LossOptions, *, reduce: bool) -> Tensor:
+    """Return the op's first output in plain torch: the losses of all rows, or their sum."""
+    class_weight, token_weight, scale, ignore_index, label_smoothing, z_loss, softcap = options
+    loss = cross_entropy_reference(
+        logits, targets, ignore_index=ignore_index, reduction="sum" if reduce else "none",
+        label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap or None,
+        class_weight=class_weight, token_weight=token_weight,
+    )  # fmt: skip
+    return loss if scale is None else loss * scale
+
+
+def _pull_back(upstream: Tensor, logits: Tensor, targets: Tensor, options: LossOptions) -> Tensor:
+    def compute(x: Tensor) -> Tensor:
+        return composed_loss(x, targets, options, reduce=upstream.dim() == 0)
+
+    return pull_back(compute, (logits,), upstream)[0]
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, targets, options, want_grad = *inputs[:2], LossOptions(*inputs[2:9]), inputs[10]
     _, lse, correct, grad = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(lse, correct, grad)
-    ctx.save_for_backward(logits, targets, lse, *options[:3])
+    tensors = options[:3]
+    ctx.save_for_backward(logits, targets, lse, *tensors, grad if want_grad else None)
     ctx.numbers = options[3:]
-    # Kept outside the saved tensors: backward hands it out, and may write to it, once.
-    ctx.grad = grad if want_grad else None
+    ctx.is_spent = False  # backward hands the gradient out, and may write to it, once
 
 
 def _backward_formula(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    unused = (None,) * 11
     if upstream is None:
-        return (None,) * 12
-    grad, ctx.grad = ctx.grad, None
+        return (None, *unused)
+    logits, targets, lse, *tensors, grad = ctx.saved_tensors
+    options = LossOptions(*tensors, *ctx.numbers)
+    if is_transformed(upstream):
+        return (_pull_back(upstream, logits, targets, options), *unused)
     # Computed here where it was not in forward, where it was handed out before (a retained graph),
-    # and where a graph is traced, which must not write to buffers of another op.
-    if grad is None or type(upstream) is not Tensor:
-        grad = _backward(upstream, *ctx.saved_tensors, *ctx.numbers)
-    else:
-        logits, targets, lse, *tensors = ctx.saved_tensors
-        compute_cross_entropy(
-            logits, targets, grad, LossOptions(*tensors, *ctx.numbers), lse=lse,
-            upstream=upstream, skip_unit=True,
-        )  # fmt: skip
-    return (grad, *(None,) * 11)
+    # where a graph is traced, which must not write to buffers of another op, and where hooks for
+    # saved tensors have given it rows that the kernel cannot take beside those of the logits.
+    is_here = grad is not None and not ctx.is_spent and not is_abstract(upstream)
+    if not (is_here and have_like_rows(grad, logits)):
+        return (_backward(upstream, logits, targets, lse, *options), *unused)
+    ctx.is_spent = True
+    # An alias, whose version is its own: a retained graph unpacks the saved tensor once more. And
+    # autograd keeps it as a leaf's gradient, where it would copy what something else refers to.
+    grad = grad.data
+    compute_cross_entropy(
+        logits, targets, grad, options, lse=lse, upstream=upstream, skip_unit=True
+    )
+    return (grad, *unused)
 
 
 _forward = define_op(
@@ -335,33 +411,68 @@ class _InPlace(torch.autograd.Function):
             torch.autograd.graph.increment_version(logits)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(lse, correct)
-        ctx.kept = (logits.detach(), targets, lse, options)
+        ctx.save_for_backward(logits, targets, lse, *options[:3])
+        ctx.numbers = options[3:]
+        ctx.is_spent = False
         return losses.sum() if reduce else losses, lse, correct
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        upstream = grads[0]
+    def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        unused = (None,) * 4
         if upstream is None:
-            return (None,) * 5
-        if ctx.kept is None:
+            return (None, *unused)
+        if ctx.is_spent:
             raise RuntimeError(
                 "cross_entropy: inplace=True keeps one gradient, in the memory of the logits, and "
                 "it was handed out already; use inplace=False to run backward more than once."
             )
-        (grad, targets, lse, options), ctx.kept = ctx.kept, None
+        logits, targets, lse, *tensors = ctx.saved_tensors
+        options = LossOptions(*tensors, *ctx.numbers)
+        if is_transformed(upstream):
+            if ctx.in_forward:
+                return (logits.data * upstream, *unused)
+            return (_pull_back(upstream, logits, targets, options), *unused)
+        ctx.is_spent = True
+        grad = logits.data
         if ctx.in_forward:
             scale_unless_one_(grad, upstream)
         else:
             compute_cross_entropy(grad, targets, grad, options, lse=lse, upstream=upstream)
-        return (grad, *(None,) * 4)
+        return (grad, *unused)
 
 
+@overload
+def cross_entropy(
+    logits: Tensor, targets: Tensor, weight: Tensor | None = ..., *,
+    return_lse: Literal[False] = ..., return_accuracy: Literal[False] = ...,
+    **options: Unpack[CrossEntropyKeywords],
+) -> Tensor: ...  # fmt: skip
+@overload
+def cross_entropy(
+    logits: Tensor, targets: Tensor, weight: Tensor | None = ..., *,
+    return_lse: Literal[True], return_accuracy: bool = ...,
+    **options: Unpack[CrossEntropyKeywords],
+) -> tuple[Tensor, ...]: ...  # fmt: skip
+@overload
+def cross_entropy(
+    logits: Tensor, targets: Tensor, weight: Tensor | None = ..., *,
+    return_lse: bool = ..., return_accuracy: Literal[True],
+    **options: Unpack[CrossEntropyKeywords],
+) -> tuple[Tensor, ...]: ...  # fmt: skip
+@overload
+def cross_entropy(
+    logits: Tensor, targets: Tensor, weight: Tensor | None = ..., *,
+    return_lse: bool = ..., return_accuracy: bool = ...,
+    **options: Unpack[CrossEntropyKeywords],
+) -> Tensor | tuple[Tensor, ...]: ...  # fmt: skip
+@tell_apart(_CALL, **REMEDIES, input="it is named logits")
 def cross_entropy(
     logits: Tensor,
     targets: Tensor,
+    weight: Tensor | None = None,
     *,
     ignore_index: int = -100,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float | None = None,
@@ -374,12 +485,14 @@ def cross_entropy(
 ) -> Tensor | tuple[Tensor, ...]:
     """Compute the cross-entropy of logits and class indices, and its gradient in the same pass.
 
-    Options mean what they mean in `torch.nn.functional.cross_entropy` where that has them.
+    Options mean what they mean in `torch.nn.functional.cross_entropy` where that has them. Classes
+    are the last dimension here, and targets are their indices alone.
 
     Args:
         logits: (N, V) or (..., V); fp32, bf16, fp16 or fp64. V is the last dimension.
         targets: (N,) or (...), int64 or int32, in [0, V) or ``ignore_index``. A target outside
             yields a NaN loss and a NaN gradient for its row.
+        weight: torch's name for ``class_weight``.
         ignore_index: target value whose rows add nothing to loss, gradient or count.
         reduction: "mean" (over the summed row weights of rows not ignored), "sum" or "none".
         label_smoothing: ε in [0, 1], the share of the target spread evenly over all classes.
@@ -404,20 +517,48 @@ def cross_entropy(
 
     Raises:
         ValueError: a shape, device or option that does not fit.
-        TypeError: targets that are not integers.
+        TypeError: targets that are not integers, or an argument that other libraries have.
 
     Numerics: fp32 throughout, gradient rounded once. If no row counts (all ignored, or weights that
         sum to zero) the mean is 0 with a zero gradient, where torch gives NaN. Deterministic.
+        Differentiable once. Under transforms of torch.func it is `cross_entropy_reference`,
+        differentiable any number of times.
 
     Memory: the logits and a gradient as large, from forward to backward; the gradient comes with
         backward for fp16 and under `torch.compile`, and takes the logits' place with ``inplace``.
+        Both are saved tensors: activation checkpointing frees them, and hooks can offload them.
         O(N) where no gradient is required.
     """
-    name, n_cols = "cross_entropy", logits.shape[-1] if logits.dim() else 0
+    name = "cross_entropy"
+    class_weight = class_weight_of(name, weight, class_weight)
+    require_tensors(
+        _CALL,
+        logits=logits,
+        targets=targets,
+        class_weight=class_weight,
+        token_weight=token_weight,
+        scale=scale,
+    )
+    n_cols = logits.shape[-1] if logits.dim() else 0
+    if logits.dim() > 2 and targets.shape != logits.shape[:-1]:
+        n_rows, n_classes, *others = logits.shape
+        if targets.shape == (n_rows, *others):
+            raise ValueError(
+                f"{name}: logits {tuple(logits.shape)} have their {n_classes} classes in dimension "
+                "1, as torch's (N, C, d1, …); here they are the last: pass logits.movedim(1, -1)."
+            )
     given = LossOptions(class_weight, token_weight, scale, ignore_index, label_smoothing, z_loss)
     flat_targets, options = resolve(name, logits, n_cols, targets, reduction, given, softcap)
     if not logits.dtype.is_floating_point:
         raise TypeError(f"{name}: logits must be floating point, got {logits.dtype}.")
+    if is_transformed():
+        return cross_entropy_reference(
+            logits, targets, ignore_index=ignore_index, reduction=reduction,
+            label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap,
+            class_weight=class_weight, token_weight=token_weight, scale=scale,
+            return_lse=return_lse,
+            return_accuracy=return_accuracy,
+        )  # fmt: skip
     x = logits.reshape(-1, n_cols)
     reduce, needs_grad = reduction != "none", torch.is_grad_enabled() and logits.requires_grad
     compiling = torch.compiler.is_compiling()

@@ -21,19 +21,36 @@ Legend: B batch, T sequence, N = B·T rows, D dim, V vocabulary.
 """
 
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, Unpack, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ._cross_entropy_cpu import cross_entropy_rows
-from ._dispatch import define_op, is_traced, use_triton
+from ._dispatch import (
+    autocasts,
+    define_op,
+    is_abstract,
+    is_traced,
+    is_transformed,
+    pull_back,
+    use_triton,
+)
 from ._launch import scale_unless_one_
-from ._loss_options import SCHEMA, LossOptions, accumulation_dtype, finish, resolve
-from ._torch import is_being_transformed
+from ._loss_options import (
+    REMEDIES,
+    SCHEMA,
+    Keywords,
+    LossOptions,
+    Reduction,
+    accumulation_dtype,
+    finish,
+    resolve,
+)
+from ._spelling import require_tensors, tell_apart
 from .cpu.linear_cross_entropy import fits, run_in_cpp
-from .cross_entropy import cross_entropy_reference, launch_cross_entropy
+from .cross_entropy import composed_loss, cross_entropy_reference, launch_cross_entropy
 
 # A CPU computes up to so many logits (4 MiB in fp32) at once: the overhead of chunks, 0.3 ms, is a
 # third of the total at N=768, D=128, V=96. With more logits chunks are faster.
@@ -48,8 +65,41 @@ _DEFAULT_MIB = {"cpu": 112, "cuda": 1024}
 # The CPU's product with a transposed weight is 4 to 7 % faster in strips of so many columns, 6 MiB
 # of weight at D=768 (V=50304, 256 to 1024 rows, two Milan cores: 163 against 156 GFLOP/s).
 _STRIP_COLS = 2048
+_CALL = "linear_cross_entropy(hidden, layer.weight, targets, bias=layer.bias)"
 
 
+class LinearKeywords(Keywords, total=False):
+    """Those of `linear_cross_entropy` that do not change the type of its result."""
+
+    bias: Tensor | None
+    max_chunk_mib: float | None
+    unit_gradient: bool
+
+
+@overload
+def linear_cross_entropy_reference(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *,
+    return_lse: Literal[False] = ..., return_accuracy: Literal[False] = ...,
+    **options: Unpack[LinearKeywords],
+) -> Tensor: ...  # fmt: skip
+@overload
+def linear_cross_entropy_reference(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *,
+    return_lse: Literal[True], return_accuracy: bool = ...,
+    **options: Unpack[LinearKeywords],
+) -> tuple[Tensor, ...]: ...  # fmt: skip
+@overload
+def linear_cross_entropy_reference(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *,
+    return_lse: bool = ..., return_accuracy: Literal[True],
+    **options: Unpack[LinearKeywords],
+) -> tuple[Tensor, ...]: ...  # fmt: skip
+@overload
+def linear_cross_entropy_reference(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *,
+    return_lse: bool = ..., return_accuracy: bool = ...,
+    **options: Unpack[LinearKeywords],
+) -> Tensor | tuple[Tensor, ...]: ...  # fmt: skip
 def linear_cross_entropy_reference(
     hidden: Tensor,
     weight: Tensor,
@@ -57,12 +107,17 @@ def linear_cross_entropy_reference(
     *,
     bias: Tensor | None = None,
     max_chunk_mib: float | None = None,
-    **options: Any,
+    unit_gradient: bool = False,
+    return_lse: bool = False,
+    return_accuracy: bool = False,
+    **options: Unpack[Keywords],
 ) -> Tensor | tuple[Tensor, ...]:
     """Compute what `linear_cross_entropy` computes, in plain differentiable torch."""
     cast = None if bias is None else bias.to(hidden.dtype)
     logits = F.linear(hidden, weight.to(hidden.dtype), cast)
-    return cross_entropy_reference(logits, targets, **options)
+    return cross_entropy_reference(
+        logits, targets, return_lse=return_lse, return_accuracy=return_accuracy, **options
+    )
 
 
 class Gradients(NamedTuple):
@@ -135,7 +190,7 @@ def compute_linear_cross_entropy(
     """
     device = hidden.device.type
     # Autocast would cast the operands of the products below once more, to a dtype of its own.
-    autocast = torch.is_autocast_enabled(device)
+    autocast = autocasts(device)
     with torch.autocast(device, enabled=False) if autocast else nullcontext():
         kernels = use_triton(hidden) and hidden.dtype != torch.float64
         n_rows, dtype = hidden.shape[0], accumulation_dtype(hidden.dtype)
@@ -347,54 +402,84 @@ def _allocate_gradients(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
+def _flops(hidden: torch.Size, weight: torch.Size, want: tuple[bool, ...]) -> int:
+    """Count one product for the logits, and one for each gradient that is wanted."""
+    n_products = 1 + sum(want)
+    return 2 * hidden[0] * weight[0] * weight[1] * n_products
+
+
 _backward = define_op(
     "linear_cross_entropy_backward", _differentiate, _allocate_gradients,
     schema="(Tensor upstream, Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, "
     f"Tensor lse, {SCHEMA}, float? max_chunk_mib, bool want_hidden, bool want_weight, "
     "bool want_bias) -> (Tensor, Tensor, Tensor)",
+    flops=lambda _, hidden, weight, *others: _flops(hidden, weight, others[-3:-1]),
 )  # fmt: skip
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, reduce = *inputs[:7], inputs[12]
+    hidden, weight, bias, targets = inputs[:4]
+    options, (max_chunk_mib, reduce, *want, _) = LossOptions(*inputs[4:11]), inputs[11:]
     _, lse, correct, *grads = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(lse, correct, *grads)
-    ctx.numbers = inputs[7:12]  # the rest of the options, max_chunk_mib
-    ctx.save_for_backward(*tensors[:4], lse, *tensors[4:])
-    # Kept outside the saved tensors: backward hands them out, and may write to them, once.
-    ctx.grads = tuple(grads) if reduce and any(inputs[13:16]) else None
+    ctx.numbers = *options[3:], max_chunk_mib
+    kept = [grad if reduce and wanted else None for grad, wanted in zip(grads, want, strict=True)]
+    ctx.save_for_backward(hidden, weight, bias, targets, lse, *options[:3], *kept)
+    ctx.is_spent = False  # backward hands the gradients out, and may write to them, once
     ctx.is_unit = reduce == 2  # not asked for hidden: in a graph each gradient is of a gradient
 
 
 def _final(grad: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Return ``grad`` times the scalar ``factor`` (None: 1), rounded to ``dtype`` once."""
-    if factor is None:
-        return grad.to(dtype)
-    if type(factor) is not Tensor:
+    if is_abstract(grad):
         # A graph is being traced: buffers are the compiler's, and so is this multiplication.
-        return (grad * factor).to(dtype)
-    if grad.dtype == dtype:
+        return (grad if factor is None else grad * factor).to(dtype)
+    if factor is not None and grad.dtype != dtype:
+        return torch.mul(grad, factor, out=torch.empty_like(grad, dtype=dtype))
+    # An alias, whose version is its own: a retained graph unpacks the saved tensor once more. And
+    # autograd keeps it as a leaf's gradient, where it would copy what something else refers to.
+    grad = grad.data.contiguous()
+    if factor is not None:
         scale_unless_one_(grad, factor)
-        return grad
-    return torch.mul(grad, factor, out=torch.empty_like(grad, dtype=dtype))
+    return grad.to(dtype)
+
+
+def _pull_back(
+    upstream: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
+    options: LossOptions,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    def compute(h: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+        logits = F.linear(h, w.to(h.dtype), None if b is None else b.to(h.dtype))
+        return composed_loss(logits, targets, options, reduce=upstream.dim() == 0)
+
+    if bias is None:
+        return *pull_back(compute, (hidden, weight), upstream), hidden.new_empty(0)
+    return pull_back(compute, (hidden, weight, bias), upstream)
 
 
 def _backward_formula(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     unused = (None,) * 14
     if upstream is None:
         return (None, None, None, *unused)
-    hidden, weight, bias, *_, scale = ctx.saved_tensors
-    want = ctx.needs_input_grad[:3]
-    grads, ctx.grads = ctx.grads, None
-    if grads is None:  # reduction "none", or handed out before (a retained graph)
-        grads = _backward(upstream, *ctx.saved_tensors, *ctx.numbers, *want)
+    hidden, weight, bias, targets, lse, *tensors, dh, dw, db = ctx.saved_tensors
+    *numbers, max_chunk_mib = ctx.numbers
+    options = LossOptions(*tensors, *numbers)
+    want: tuple[bool, ...] = ctx.needs_input_grad[:3]
+    grads: tuple[Tensor | None, ...] = dh, dw, db
+    are_here = all(grad is not None for grad, wanted in zip(grads, want, strict=True) if wanted)
+    if is_transformed(upstream):
+        grads = _pull_back(upstream, hidden, weight, bias, targets, options)
+    elif ctx.is_spent or not are_here:  # a retained graph, or reduction "none"
+        inputs = hidden, weight, bias, targets, lse
+        grads = _backward(upstream, *inputs, *options, max_chunk_mib, *want)
     else:
-        late = hidden.dtype == torch.float16 and scale is not None
-        factor = upstream * scale if late else upstream
+        ctx.is_spent = True
+        late = options.scale if hidden.dtype == torch.float16 else None
+        factor = upstream if late is None else upstream * late
         grads = tuple(
             _final(grad, None if ctx.is_unit and like is not hidden else factor, like.dtype)
-            if wanted
+            if wanted and grad is not None
             else None
             for grad, like, wanted in zip(grads, (hidden, weight, bias), want, strict=True)
         )
@@ -406,6 +491,7 @@ _forward = define_op(
     schema=f"(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, {SCHEMA}, "
     "float? max_chunk_mib, int reduce, bool want_hidden, bool want_weight, bool want_bias, "
     "bool want_correct) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    flops=lambda hidden, weight, *others: _flops(hidden, weight, others[-4:-2]),
 )  # fmt: skip
 
 
@@ -427,8 +513,14 @@ def _all_in_range(targets: Tensor, n_cols: int) -> bool:
     return low.item() >= 0 and high.item() < n_cols
 
 
-def _check_shapes(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def _check_shapes(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> None:
     name = "linear_cross_entropy"
+    are_matrices = hidden.dim() == 2 and weight.dim() > 1 and hidden.shape[1] == weight.shape[-1]
+    if are_matrices and hidden.shape[:-1] != targets.shape == weight.shape[:-1]:
+        raise ValueError(
+            f"{name}: there is a target for each row of weight {tuple(weight.shape)}, not of "
+            f"hidden {tuple(hidden.shape)}; exchange them: call {_CALL}."
+        )
     if weight.dim() != 2 or hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"{name}: hidden (..., D) and weight (V, D) must agree in D, got "
@@ -450,6 +542,37 @@ def _check_shapes(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         )
 
 
+@overload
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *,
+    return_lse: Literal[False] = ..., return_accuracy: Literal[False] = ...,
+    **options: Unpack[LinearKeywords],
+) -> Tensor: ...  # fmt: skip
+@overload
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *,
+    return_lse: Literal[True], return_accuracy: bool = ...,
+    **options: Unpack[LinearKeywords],
+) -> tuple[Tensor, ...]: ...  # fmt: skip
+@overload
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *,
+    return_lse: bool = ..., return_accuracy: Literal[True],
+    **options: Unpack[LinearKeywords],
+) -> tuple[Tensor, ...]: ...  # fmt: skip
+@overload
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *,
+    return_lse: bool = ..., return_accuracy: bool = ...,
+    **options: Unpack[LinearKeywords],
+) -> Tensor | tuple[Tensor, ...]: ...  # fmt: skip
+@tell_apart(
+    _CALL,
+    **REMEDIES,
+    input="it is named hidden",
+    linear_weight="it is named weight, and torch's weight class_weight",
+    linear_bias="it is named bias",
+)
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -457,7 +580,7 @@ def linear_cross_entropy(
     *,
     bias: Tensor | None = None,
     ignore_index: int = -100,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float | None = None,
@@ -500,43 +623,51 @@ def linear_cross_entropy(
 
     Raises:
         ValueError: a shape, device or option that does not fit.
-        TypeError: targets that are not integers, or operands that are not floating point.
+        TypeError: targets that are not integers, operands that are not floating-point tensors, or
+            an argument that other libraries have.
 
     Numerics: softmax and loss in fp32 from logits in the products' dtype; dlogits rounded once to
         that dtype; the weight gradient accumulated over chunks in fp32 and rounded once to
         ``weight.dtype``. A mean over no rows is 0 with zero gradients. Only the inputs that
         require a gradient have one computed, and in evaluation none. Deterministic. Differentiable
-        once.
+        once. Under transforms of torch.func it is `linear_cross_entropy_reference`, which holds all
+        logits and is differentiable any number of times.
 
     Memory: logits of one chunk (twice in half precision on a CPU), and the gradients; two packed
-        copies of the weight where C++ computes it. On a CPU up to 2²⁰ logits in fp32 or fp64 are
-        kept for backward, unless ``max_chunk_mib`` is given.
+        copies of the weight where C++ computes it. The gradients are saved tensors: activation
+        checkpointing frees them, and hooks can offload them. On a CPU up to 2²⁰ logits in fp32 or
+        fp64 are kept for backward, unless ``max_chunk_mib`` is given.
     """
     name = "linear_cross_entropy"
-    _check_shapes(hidden, weight, bias)
+    require_tensors(
+        _CALL, hidden=hidden, weight=weight, targets=targets, bias=bias,
+        class_weight=class_weight, token_weight=token_weight,
+    )  # fmt: skip
+    _check_shapes(hidden, weight, bias, targets)
     n_cols = weight.shape[0]
     given = LossOptions(class_weight, token_weight, scale, ignore_index, label_smoothing, z_loss)
     flat_targets, options = resolve(name, hidden, n_cols, targets, reduction, given, softcap)
     if max_chunk_mib is not None and not max_chunk_mib > 0:
         raise ValueError(f"{name}: max_chunk_mib must be positive, got {max_chunk_mib}.")
     device = hidden.device.type
-    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
+    if autocasts(device) and hidden.dtype != torch.float64:
         hidden = hidden.to(torch.get_autocast_dtype(device))
     x = hidden.reshape(-1, hidden.shape[-1])
     if x.stride(1) != 1:
         x = x.contiguous()
     reduce = (reduction != "none") * (1 + unit_gradient)
-    if _is_small(hidden, weight, max_chunk_mib):
-        if torch.compiler.is_compiling():  # which fuses what is between the products
-            return linear_cross_entropy_reference(
-                hidden, weight, targets, bias=bias, ignore_index=ignore_index, reduction=reduction,
-                label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap,
-                class_weight=class_weight, token_weight=token_weight, scale=scale,
-                return_lse=return_lse, return_accuracy=return_accuracy,
-            )  # fmt: skip
+    is_small = _is_small(hidden, weight, max_chunk_mib)
+    # The compiler fuses what is between the products of a few logits.
+    if is_transformed() or (is_small and torch.compiler.is_compiling()):
+        return linear_cross_entropy_reference(
+            hidden, weight, targets, bias=bias, ignore_index=ignore_index, reduction=reduction,
+            label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap,
+            class_weight=class_weight, token_weight=token_weight, scale=scale,
+            return_lse=return_lse, return_accuracy=return_accuracy,
+        )  # fmt: skip
+    if is_small:
         ours = z_loss or softcap or token_weight is not None or return_lse or return_accuracy
-        ours = ours or (is_traced(x) and not is_being_transformed())
-        ours = ours or fits(x, weight, bias, options)
+        ours = ours or is_traced(x) or fits(x, weight, bias, options)
         if not ours and _all_in_range(flat_targets, n_cols):
             loss = F.cross_entropy(
                 F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)),

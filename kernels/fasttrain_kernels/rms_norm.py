@@ -18,18 +18,28 @@ Legend: R rows (all leading dimensions), D dim. A row's offset is int64.
 """
 
 import math
-from typing import Any, overload
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor, nn
 
-from ._dispatch import define_op, use_triton
+from ._dispatch import (
+    define_op,
+    differentiable_once,
+    is_composed,
+    is_transformed,
+    pull_back,
+    use_triton,
+)
 from ._launch import TRITON_DTYPES, as_rows, n_multiprocessors
 from ._rms_norm_kernels import (
     _rms_norm_bwd_kernel,
     _rms_norm_fwd_kernel,
     _sum_partials_kernel,
 )
+from ._spelling import require_tensors, tell_apart
 from ._triton import triton
 
 # Sixteen elements a thread and operand: the most that keeps the backward, which holds four operands
@@ -43,23 +53,51 @@ MAX_BWD_COLS = 8192
 _WARPS_PER_SM = 16
 
 
+_CALL = "rms_norm(x, weight, eps=eps)"
+
+
+@overload
+def rms_norm_reference(
+    x: Tensor,
+    weight: Tensor | None = ...,
+    *,
+    eps: float | None = ...,
+    residual: None = ...,
+    zero_centered: bool = ...,
+) -> Tensor: ...
+@overload
+def rms_norm_reference(
+    x: Tensor,
+    weight: Tensor | None = ...,
+    *,
+    eps: float | None = ...,
+    residual: Tensor,
+    zero_centered: bool = ...,
+) -> tuple[Tensor, Tensor]: ...
 def rms_norm_reference(
     x: Tensor,
     weight: Tensor | None = None,
     *,
-    eps: float = 1e-6,
+    eps: float | None = 1e-6,
     residual: Tensor | None = None,
     zero_centered: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Plain differentiable torch for `rms_norm`; same arguments and results."""
     h = x if residual is None else x + residual
     wide = h if h.dtype == torch.float64 else h.float()
-    y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + _resolve_eps(eps, wide.dtype))
     if weight is not None:
         scale = weight.to(wide.dtype)
         y = y * (1 + scale if zero_centered else scale)
     y = y.to(h.dtype)
     return y if residual is None else (y, h)
+
+
+def _resolve_eps(eps: float | None, dtype: torch.dtype) -> float:
+    """Return torch's own choice where ``eps`` is None: the epsilon of what rows are summed in."""
+    if eps is not None:
+        return eps
+    return torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
 
 
 def _tile(n_cols: int, max_cols: int) -> tuple[int, int, int]:
@@ -146,7 +184,7 @@ _rms_norm_backward_op = define_op("rms_norm_backward", _differentiate, _allocate
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, residual, _, ctx.zero_centered = inputs
+    x, weight, residual, ctx.eps, ctx.zero_centered = inputs
     _, h, rstd = output
     ctx.x_dtype = x.dtype
     ctx.residual_dtype = None if residual is None else residual.dtype
@@ -162,6 +200,9 @@ def _backward(
     dw = None
     if dy is None:
         dx = dh if has_residual else None
+    elif is_transformed(dy, dh):
+        dx, dw = _pull_back(ctx, dy, h, weight)
+        dx = dx + dh if has_residual and dh is not None else dx
     else:
         dx, dw = _rms_norm_backward_op(
             dy, dh if has_residual else None, h, weight, rstd, ctx.zero_centered, needs_dw
@@ -176,6 +217,17 @@ def _backward(
 
 
 _rms_norm_op = define_op("rms_norm", _normalize, _allocate, _setup_context, _backward)
+
+
+def _pull_back(
+    ctx: Any, dy: Tensor, x: Tensor, weight: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Return the gradients of x and weight through the reference."""
+    compute = partial(rms_norm_reference, eps=ctx.eps, zero_centered=ctx.zero_centered)
+    if weight is None:
+        return pull_back(compute, (x,), dy)[0], None
+    dx, dw = pull_back(compute, (x, weight), dy)
+    return dx, dw
 
 
 def _weighted_sum(weights: Tensor, rows: Tensor) -> Tensor:
@@ -205,13 +257,15 @@ class _EagerRMSNorm(torch.autograd.Function):
             if weight is not None:
                 y *= weight.to(wide) + 1 if zero_centered else weight
         ctx.save_for_backward(x, weight, rstd)
-        ctx.zero_centered = zero_centered
+        ctx.eps, ctx.zero_centered = eps, zero_centered
         return y.to(x.dtype)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @partial(differentiable_once, "rms_norm")
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, rstd = ctx.saved_tensors
+        if is_transformed(dy):
+            return *_pull_back(ctx, dy, x, weight), None, None
         n_cols = x.shape[-1]
         dw = None
         with torch.autocast(x.device.type, enabled=False):  # a backward inside an autocast block
@@ -255,26 +309,32 @@ def _check(x: Tensor, weight: Tensor | None, residual: Tensor | None) -> None:
 @overload
 def rms_norm(
     x: Tensor,
-    weight: Tensor | None = None,
+    weight: Tensor | None = ...,
     *,
-    eps: float = ...,
-    residual: None = None,
+    eps: float | None = ...,
+    residual: None = ...,
     zero_centered: bool = ...,
 ) -> Tensor: ...
 @overload
 def rms_norm(
     x: Tensor,
-    weight: Tensor | None = None,
+    weight: Tensor | None = ...,
     *,
-    eps: float = ...,
+    eps: float | None = ...,
     residual: Tensor,
     zero_centered: bool = ...,
 ) -> tuple[Tensor, Tensor]: ...
+@tell_apart(
+    _CALL,
+    input="it is named x",
+    hidden_states="it is named x",
+    normalized_shape="the last dimension is normalised; leave it out",
+)
 def rms_norm(
     x: Tensor,
     weight: Tensor | None = None,
     *,
-    eps: float = 1e-6,
+    eps: float | None = 1e-6,
     residual: Tensor | None = None,
     zero_centered: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -283,7 +343,7 @@ def rms_norm(
     Args:
         x: (..., D), float16, bfloat16, float32 or float64, any strides.
         weight: (D,), any floating dtype, or None for no scaling.
-        eps: added to the mean square.
+        eps: added to the mean square; None for torch's own, the epsilon of fp32 (fp64 for float64).
         residual: the shape of x; the residual stream that x is added to first.
         zero_centered: scale by 1 + weight instead of weight, so that zero means no scaling.
 
@@ -293,11 +353,13 @@ def rms_norm(
 
     Raises:
         ValueError: for shapes or devices that do not fit together.
+        TypeError: for an argument that is no tensor, or that other libraries have.
 
     Numerics:
         fp32 inside (fp64 for float64), rounded once on the store; the weight multiplies before the
         rounding. With `residual` the rounded sum is what is normalised. A missing weight
-        gradient costs nothing. Differentiable once.
+        gradient costs nothing. Differentiable once. Under transforms of torch.func it is
+        `rms_norm_reference`, differentiable any number of times.
 
     Memory:
         Saves x (or the sum, which is an output), the weight and 4 bytes a row. Under
@@ -305,11 +367,14 @@ def rms_norm(
 
     Source: Zhang & Sennrich, Root Mean Square Layer Normalization, arXiv:1910.07467.
     """
+    require_tensors(_CALL, x=x, weight=weight, residual=residual)
     _check(x, weight, residual)
-    if torch.compiler.is_compiling():
+    if is_composed(x):
         return rms_norm_reference(
             x, weight, eps=eps, residual=residual, zero_centered=zero_centered
         )
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    eps = _resolve_eps(eps, dtype)
     if use_triton(x) and x.dtype in TRITON_DTYPES:
         y, h, _ = _rms_norm_op(x, weight, residual, eps, zero_centered)
         return y if residual is None else (y, h)
@@ -321,30 +386,49 @@ def rms_norm(
 class RMSNorm(nn.Module):
     """`rms_norm` over the last dimension with a learned weight.
 
+    Positional arguments are those of `torch.nn.RMSNorm`.
+
     Args:
-        dim: D, the size of the last dimension.
-        eps: added to the mean square.
-        zero_centered: the weight starts at 0 and scales by 1 + weight; else it starts at 1.
+        dim: D, the size of the last dimension; also as a list or tuple of one number.
+        eps: added to the mean square; None for torch's own, the epsilon of fp32 (fp64 for float64).
         elementwise_affine: False leaves the weight out.
         device: of the weight.
         dtype: of the weight; it may differ from the input's.
+        zero_centered: the weight starts at 0 and scales by 1 + weight; else it starts at 1.
+
+    Raises:
+        ValueError: ``dim`` is more than one dimension.
+        TypeError: an argument that other libraries have.
     """
 
+    @tell_apart(
+        "RMSNorm(dim, eps, zero_centered=False)",
+        normalized_shape="it is named dim",
+        hidden_size="it is named dim",
+        bias="it has none",
+        offset="offset=1 is zero_centered=True",
+    )
     def __init__(
         self,
-        dim: int,
-        *,
-        eps: float = 1e-6,
-        zero_centered: bool = False,
+        dim: int | Sequence[int],
+        eps: float | None = 1e-6,
         elementwise_affine: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        zero_centered: bool = False,
     ) -> None:
         super().__init__()
-        self.dim, self.eps, self.zero_centered = dim, eps, zero_centered
+        dims = tuple(dim) if isinstance(dim, Sequence) else (dim,)
+        if len(dims) != 1:
+            raise ValueError(
+                f"RMSNorm: dim must be one number, the size of the last dimension, got {dims}; "
+                "flatten the dimensions that are normalised together."
+            )
+        (self.dim,), self.eps, self.zero_centered = dims, eps, zero_centered
         self.weight: nn.Parameter | None = None
         if elementwise_affine:
-            self.weight = nn.Parameter(torch.empty(dim, device=device, dtype=dtype))
+            self.weight = nn.Parameter(torch.empty(self.dim, device=device, dtype=dtype))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -352,11 +436,23 @@ class RMSNorm(nn.Module):
         if self.weight is not None:
             nn.init.constant_(self.weight, 0.0 if self.zero_centered else 1.0)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
+    @overload
+    def forward(self, x: Tensor, residual: None = ...) -> Tensor: ...
+    @overload
+    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]: ...
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Return `rms_norm(x)`, or with a residual the pair (normalised, x + residual)."""
         return rms_norm(
             x, self.weight, eps=self.eps, residual=residual, zero_centered=self.zero_centered
         )
+
+    if TYPE_CHECKING:  # of nn.Module it returns Any
+
+        @overload
+        def __call__(self, x: Tensor, residual: None = ...) -> Tensor: ...
+        @overload
+        def __call__(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]: ...
+        def __call__(self, x: Tensor, residual: Tensor | None = None) -> Any: ...
 
     def extra_repr(self) -> str:
         """Return what `repr` shows between the brackets."""

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._dispatch import define_op, use_triton
+from ._dispatch import define_op, is_composed, is_transformed, use_triton
 from ._launch import TRITON_DTYPES
 from ._triton import tl, triton
 
@@ -123,8 +123,16 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.save_for_backward(cos, sin)
 
 
+def _rotate_back(op: Any, ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor, Tensor]:
+    cos, sin = ctx.saved_tensors
+    if is_transformed(dq, dk):
+        return apply_rope_reference(dq, dk, cos, sin if ctx.inverse else -sin)
+    rotated: tuple[Tensor, Tensor] = op(dq, dk, cos, sin, not ctx.inverse)
+    return rotated
+
+
 def _backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
-    return *_rope_op(dq, dk, *ctx.saved_tensors, not ctx.inverse), None, None, None
+    return *_rotate_back(_rope_op, ctx, dq, dk), None, None, None
 
 
 _rope_op = define_op("rope", _rotate, _allocate, _setup_context, _backward, is_last=False)
@@ -153,8 +161,7 @@ class _EagerRoPE(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
-        cos, sin = ctx.saved_tensors
-        return *_EagerRoPE.apply(dq, dk, cos, sin, not ctx.inverse), None, None, None
+        return *_rotate_back(_EagerRoPE.apply, ctx, dq, dk), None, None, None
 
 
 def _compose(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -199,6 +206,8 @@ def apply_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, 
     cos, sin = cos.detach(), sin.detach()
     if torch.compiler.is_compiling():
         return _compose(q, cos, sin), _compose(k, cos, sin)
+    if is_composed(q):
+        return apply_rope_reference(q, k, cos, sin)
     if use_triton(q) and q.dtype in TRITON_DTYPES and k.dtype in TRITON_DTYPES:
         q, k = _rope_op(q, k, cos, sin, False)
     else:

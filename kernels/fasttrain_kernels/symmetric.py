@@ -11,10 +11,12 @@ and cuBLAS round the sum once. Two runs agree bit for bit.
 Legend: n matrices, r rows, c columns.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ._dispatch import use_triton
+from ._dispatch import define_op, is_transformed, use_triton
 from ._launch import target
 from ._triton import TensorDescriptor, tl, triton
 
@@ -85,6 +87,8 @@ def _pays(a: Tensor) -> bool:
     fits = a.dtype in (torch.float16, torch.bfloat16) and rows % 8 == cols % 8 == 0 < cols
     if not fits or rows < _LEAST_ROWS or n * rows**2 < _LEAST_ELEMENTS or not use_triton(a):
         return False
+    if is_transformed():
+        return False
     return getattr(target(a), "arch", 90) == 90  # the interpreter's has none
 
 
@@ -109,6 +113,22 @@ def _launch(a: Tensor, b: Tensor, add: Tensor | None, alpha: float, beta: float)
     return out
 
 
+def _allocate(a: Tensor, *_: Any) -> Tensor:
+    return a.new_empty(a.shape[0], a.shape[1], a.shape[1])
+
+
+def _flops(a: torch.Size, *_: Any) -> int:
+    """Count the elements on and below the diagonal."""
+    n, rows, cols = a
+    return n * rows * (rows + 1) * cols
+
+
+_launch_op = define_op(
+    "symmetric_product", _launch, _allocate, flops=_flops,
+    schema="(Tensor a, Tensor b, Tensor? add, float alpha, float beta) -> Tensor",
+)  # fmt: skip
+
+
 def symmetric_product(
     a: Tensor, b: Tensor, add: Tensor | None = None, alpha: float = 1.0, beta: float = 1.0
 ) -> Tensor:
@@ -117,9 +137,11 @@ def symmetric_product(
     B is A, or both are polynomials of one symmetric matrix.
     """
     if _pays(a):
-        return _launch(a, b, add, alpha, beta)
+        result: Tensor = _launch_op(a, b, add, alpha, beta)
+        return result
     rows = a.shape[1]
-    if rows < _MIN_STRIP_ROWS or a.device.type != "cpu":
+    # A transform cannot write to the buffer of strips.
+    if rows < _MIN_STRIP_ROWS or a.device.type != "cpu" or is_transformed():
         if add is None:
             add, beta = a.new_empty(1), 0.0  # is not read
         return torch.baddbmm(add, a, b.mT, beta=beta, alpha=alpha)

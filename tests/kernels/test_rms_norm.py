@@ -328,6 +328,26 @@ def test_errors_name_value_and_remedy(
         rms_norm(x, weight, residual=residual)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_no_eps_is_torchs_own(device: torch.device, dtype: torch.dtype) -> None:
+    """The epsilon of what rows are summed in, which rows of this size show."""
+    x = (torch.randn(4, 32) * 3e-4).to(device, dtype)
+    if dtype == torch.float64:
+        x *= 1e-5
+    theirs = torch.nn.RMSNorm(32, dtype=dtype, device=device)
+    ours = RMSNorm(32, theirs.eps, dtype=dtype, device=device)
+    expected = theirs(x)
+    half = dtype.itemsize == 2
+    tolerances = {"rtol": 2 * torch.finfo(dtype).eps if half else 1e-5, "atol": 0}
+    for y in (ours(x), rms_norm(x, eps=None), rms_norm_reference(x, eps=None)):
+        torch.testing.assert_close(y, expected, **tolerances)
+    plain = rms_norm(x, eps=1e-12).double()
+    assert (plain / expected.double() - 1).abs().max() > 0.1  # it matters here
+    leaf = x.clone().requires_grad_()
+    ours(leaf).sum().backward()
+    assert leaf.grad.isfinite().all()
+
+
 def test_module() -> None:
     norm = RMSNorm(8, eps=1e-3, zero_centered=True, dtype=torch.bfloat16)
     assert norm.weight is not None

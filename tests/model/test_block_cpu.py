@@ -8,9 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fasttrain_kernels import cpu as _cpu
+from fasttrain_kernels._torch import fake_tensors
 from fasttrain_kernels.cpu import blocks as block_cpu
 from fasttrain_kernels.cpu.blocks import run_blocks_on_cpu
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from fasttrain.config import ModelConfig, TrainConfig, UserError, config_from_dict
 from fasttrain.data.loader import Batch
@@ -304,3 +306,50 @@ def test_plain_causal_attention_in_fp32_is_all_it_knows() -> None:
     y = run_blocks_on_cpu(blocks, norm, x, rope, None, None, 0, None)
     weight.data = weight.t().contiguous().t()
     assert torch.equal(run_blocks_on_cpu(blocks, norm, x, rope, None, None, 0, None), y)
+
+
+@needs_it
+@pytest.mark.parametrize("options", [BASE, {"mlp": "gelu", "norm": "layer"}, {"n_kv_heads": 2}])
+def test_its_products_are_counted(options: dict[str, Any]) -> None:
+    """As the blocks' own, and on top those of attention, which torch does not count on a CPU."""
+    blocks, arguments, _ = blocks_of(2, 64, **options)
+    n_flops = []
+    for run in (run_blocks, run_blocks_on_cpu):
+        with FlopCounterMode(display=False) as counter:
+            run(blocks, *arguments).sum().backward()
+        n_flops.append(counter.get_total_flops())
+    attention = blocks[0].attention
+    product = 2 * 2 * 64 * 64 * attention.n_heads * attention.head_dim * len(blocks)
+    assert n_flops[1] == pytest.approx(n_flops[0] + 7 * product, rel=2e-3)  # torch counts RMSNorm's
+
+
+@needs_it
+def test_watched_and_plain_it_has_the_same_bits() -> None:
+    blocks, arguments, given = blocks_of(2, 40, **BASE)
+    plain = outcome(run_blocks_on_cpu, blocks, arguments, given)
+    with FlopCounterMode(display=False):
+        watched = outcome(run_blocks_on_cpu, blocks, arguments, given)
+    assert all(torch.equal(a, b) for a, b in zip(plain, watched, strict=True))
+
+
+@needs_it
+def test_fake_tensors_give_shapes_and_transforms_are_refused() -> None:
+    with fake_tensors():
+        blocks, arguments, given = blocks_of(1, 16)
+        y, *grads = outcome(run_blocks_on_cpu, blocks, arguments, given)
+        assert y.shape == arguments[1].shape
+        assert [g.shape for g in grads] == [x.shape for x in given.values()]
+    blocks, (norm, x, *rest), _ = blocks_of(1, 16)
+
+    def run(x: Tensor) -> Tensor:
+        return run_blocks_on_cpu(blocks, norm, x, *rest)
+
+    with pytest.raises(ValueError, match=r"torch\.func.*blocks_fn = fasttrain\.model\.run_blocks"):
+        torch.func.vjp(run, x)
+    y = run(x)
+    batch = torch.ones(2, *y.shape)
+    with pytest.raises(RuntimeError, match=r"batches of gradients.*blocks_fn"):
+        torch.autograd.grad(y, x, batch, is_grads_batched=True, retain_graph=True)
+    (grad,) = torch.autograd.grad(y, x, torch.ones_like(y), create_graph=True)
+    with pytest.raises(RuntimeError, match=r"once; use fasttrain\.model\.run_blocks"):
+        grad.sum().backward()
