@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fasttrain.config import UserError, misfit, untrusted
+from fasttrain.data.files import LACKING, sync, sync_folder
 
 MANIFEST = "manifest.json"
 FORMAT = {"format": "fasttrain-checkpoint", "version": 1}
@@ -218,7 +219,7 @@ def write_file(path: Path, content: Any) -> dict[str, Any]:
             rest = _write_past_cache(descriptor, rest)
         while len(rest):
             rest = rest[os.write(descriptor, rest[:_WRITE]) :]
-        os.fsync(descriptor)
+        sync(descriptor, path)
     finally:
         os.close(descriptor)
         if large:
@@ -239,7 +240,7 @@ def _write_past_cache(descriptor: int, view: memoryview) -> memoryview:
         while len(view) >= PAGE:
             view = view[os.write(descriptor, view[: min(_WRITE, len(view)) // PAGE * PAGE]) :]
     except OSError as error:
-        if error.errno != errno.EINVAL:  # it cannot, or its blocks are larger than ours
+        if error.errno not in LACKING:  # it cannot, or its blocks are larger than ours
             raise
     finally:
         fcntl.fcntl(descriptor, fcntl.F_SETFL, 0)
@@ -253,22 +254,12 @@ def give_way() -> None:
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
 
 
-def fsync_folder(folder: Path) -> None:
-    if not hasattr(os, "O_DIRECTORY"):
-        return  # Windows opens no folder
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def point(pointer: Path, name: str) -> None:
     partial = pointer.with_name(f".tmp-{pointer.name}")
     remove(partial)
     write_file(partial, f"{name}\n".encode())
     os.replace(partial, pointer)
-    fsync_folder(pointer.parent)
+    sync_folder(pointer.parent)
 
 
 def pointed(pointer: Path) -> str:
@@ -355,6 +346,7 @@ class Faults(TypedDict):  # what `engine.state.FaultCounts` keeps
 
 class ModelState(TypedDict, total=False):  # state.json of parameters that belong to no run
     history: list[Change]
+    lineage: list[dict[str, Any]]  # the checkpoints that the run branched off, the first one first
     provenance: dict[str, str | bool | None]
 
 

@@ -183,9 +183,9 @@ class Mirror:
         put(address, content)
         if "file" in fs.protocol:
             with open(path, "rb") as file:
-                os.fsync(file.fileno())
+                disk.sync(file.fileno(), Path(path))
             for folder in Path(path).parents[:2]:
-                disk.fsync_folder(folder)
+                disk.sync_folder(folder)
 
     def _remove(self, name: str) -> None:
         if_there(f"{self.address}/checkpoints/{name}/{MANIFEST}", "rm_file")

@@ -73,7 +73,7 @@ class CheckpointWriter:
         self._verified: dict[Path, object] = {}  # with what `disk.signature` was then
         with disk.failing(f"cannot make the checkpoint folder {self.folder}"):
             self.folder.mkdir(parents=True, exist_ok=True)
-            disk.fsync_folder(self.folder.parent)
+            disk.sync_folder(self.folder.parent)
 
     def save(
         self,
@@ -200,9 +200,9 @@ class CheckpointWriter:
                 manifest = self._write_whole(save, older)
                 if path.exists():
                     os.rename(path, old)
-                    disk.fsync_folder(self.folder)
+                    disk.sync_folder(self.folder)
                 os.rename(partial, path)
-                disk.fsync_folder(self.folder)
+                disk.sync_folder(self.folder)
         except CheckpointError as error:
             with contextlib.suppress(OSError):
                 if old.exists() and not path.exists():
@@ -241,7 +241,7 @@ class CheckpointWriter:
             raise CheckpointError(
                 f"{save.path} was not saved, because no run could resume from it: {reason}"
             ) from error
-        disk.fsync_folder(partial)
+        disk.sync_folder(partial)
         return manifest
 
     def _is_sound(self, path: Path) -> bool:

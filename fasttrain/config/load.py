@@ -65,9 +65,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     Raises:
         ConfigError: the file cannot be read, or something in it or in the overrides is refused.
     """
-    path = Path(path)
-    if str(path) == path.name and not path.is_file():
-        path = shipped_configs().get(path.name.removesuffix(".toml"), path)
+    path = config_file(path)
     tables = _read(path)
     try:
         values = _flat(tables)
@@ -78,6 +76,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
         if any(given.get(name) for name in group):
             values = {name: value for name, value in values.items() if name not in group}
     return _config_of(values | given)
+
+
+def config_file(path: str | Path) -> Path:
+    """Return the file that a path, or the name of a shipped config, stands for."""
+    path = Path(path)
+    if str(path) == path.name and not path.is_file():
+        return shipped_configs().get(path.name.removesuffix(".toml"), path)
+    return path
 
 
 def shipped_configs() -> dict[str, Path]:
