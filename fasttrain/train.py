@@ -20,6 +20,7 @@ from typing import NoReturn
 from fasttrain.command import EXIT_FAILED, EXIT_STOPPED, check_system, command, make_parser
 from fasttrain.config import TrainConfig, UserError, load_config
 from fasttrain.config.load import config_file, help_text, nearest_keys, shipped_configs
+from fasttrain.distributed.launch import adopt
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -103,6 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     0: done, or verified; 1: failed, or not verified; 2: bad input; 75: stopped, and can be resumed;
     128 + n: ended by signal n before there was anything to resume.
     """
+    adopt()
     parser = _parser()
     arguments, unknown = parser.parse_known_intermixed_args(argv)
     if unknown:

@@ -15,7 +15,7 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, NotRequired, TypedDict, cast
+from typing import Any, BinaryIO, Literal, NotRequired, TypedDict, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -197,13 +197,22 @@ def map_tensors(path: Path) -> dict[str, Tensor]:
         if (length := int.from_bytes(raw.read(8), "little")) > JSON_LIMIT:
             raise CheckpointError(f"{path}: damaged: header of {length} bytes")
         try:
-            with safe_open(path, "pt") as file:
+            with safe_open(_utf8_path(path, raw), "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             for tensor in tensors.values():
                 torch.empty(tensor.shape, device="meta")  # refuses (0, 2**62, 2**62), as models do
         except (SafetensorError, RuntimeError) as error:
             raise CheckpointError(f"{path}: damaged: {error}") from error
     return tensors
+
+
+def _utf8_path(path: Path, opened: BinaryIO) -> str | Path:
+    """Return a path that safetensors can take, which knows UTF-8 alone, of a file that is open."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return f"/dev/fd/{opened.fileno()}"
+    return path
 
 
 def write_file(path: Path, content: Any) -> dict[str, Any]:

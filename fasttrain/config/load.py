@@ -125,7 +125,10 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         if (size := path.stat().st_size) > _MAX_BYTES:
             raise ValueError(f"{size:,} bytes, at most {_MAX_BYTES:,} are credible")
-        text = path.read_text(encoding="utf-8")
+        content = path.read_bytes()
+        if content.startswith((b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")) or b"\0" in content[:4]:
+            raise ConfigError(f"{path}: is UTF-16 or UTF-32; save it as UTF-8")
+        text = content.decode("utf-8-sig").replace("\r\n", "\n")  # Windows may begin with a mark
         if (n := text.count(".")) > _MAX_DOTS:
             raise ValueError(f"{n:,} dots, at most {_MAX_DOTS:,} are credible")
         return tomllib.loads(text)

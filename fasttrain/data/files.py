@@ -10,7 +10,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,11 +35,16 @@ class NoLocks(OSError):
     """The file system has no locks."""
 
 
-@cache
-def warn_once(text: str) -> None:
-    """Print a warning to standard error, once a process and on one rank."""
-    if os.environ.get("RANK", "0") == "0":
-        tell(f"warning: {text}")
+_warned: set[tuple[str, int]] = set()  # what each file system lacks, by its device
+
+
+def warn_of_lack(folder: Path, what: str, error: OSError, risk: str) -> None:
+    """Print, once for a file system and on one rank, what it lacks and which promise is weaker."""
+    with suppress(OSError):
+        lack = (what, folder.stat().st_dev)
+        if lack not in _warned and os.environ.get("RANK", "0") == "0":
+            tell(f"warning: the file system of {folder} {what} ({error.strerror}): {risk}")
+        _warned.add(lack)
 
 
 def is_address(name: str | Path) -> bool:
@@ -195,8 +199,9 @@ def cache_folder(cache_dir: str | Path | None = None) -> Path:
         choices, mode = [user_path(cache_dir, "data.cache_dir")], 0o777
     else:
         choices, mode = [Path(tempfile.gettempdir(), f"fasttrain-{os.getuid()}")], 0o700
-        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        if os.path.isabs(home):  # "~" stands where the user has no home
+        if not os.path.isabs(home := os.environ.get("XDG_CACHE_HOME", "")):
+            home = os.path.expanduser("~/.cache")
+        if os.path.isabs(home):  # "~" is left where the user has no home
             choices.insert(0, Path(home, "fasttrain"))
     for folder in choices:
         with suppress(OSError):
@@ -232,10 +237,8 @@ def sync(descriptor: int, path: Path) -> None:
     except OSError as error:
         if error.errno not in LACKING:
             raise
-        warn_once(
-            f"the file system of {path.parent} cannot sync files ({error.strerror}): a power cut "
-            "may damage the newest ones"
-        )
+        risk = "a power cut may damage the newest ones"
+        warn_of_lack(path.parent, "cannot sync files", error, risk)
 
 
 def sync_folder(folder: Path) -> None:
@@ -251,10 +254,8 @@ def sync_folder(folder: Path) -> None:
     except OSError as error:
         if error.errno not in {*LACKING, errno.EBADF, errno.EISDIR}:
             raise
-        warn_once(
-            f"the file system of {folder} cannot sync folders ({error.strerror}): after a power "
-            "cut the newest files may be missing"
-        )
+        risk = "after a power cut the newest files may be missing"
+        warn_of_lack(folder, "cannot sync folders", error, risk)
 
 
 def sha256_of(path: Path) -> str:
@@ -280,9 +281,7 @@ def lock(path: Path, *, wait: bool = False) -> int:
         os.close(descriptor)
         if error.errno not in LACKING:
             raise
-        warn_once(
-            f"the file system of {path.parent} has no locks ({error.strerror}): nothing keeps two "
-            "processes from writing there at once"
-        )
+        risk = "nothing keeps two processes from writing there at once"
+        warn_of_lack(path.parent, "has no locks", error, risk)
         raise NoLocks(error.errno, error.strerror) from error
     return descriptor

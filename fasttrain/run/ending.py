@@ -142,7 +142,8 @@ def show_start(folder: RunFolder, trainer: Trainer) -> None:
     # On what, and for how long
     train, model = trainer.train_loader.dataset, cast(Transformer, step.model)
     plan = RunPlan(config, model, train, trainer.val_dataset, world.size)
-    rows = [("ranks", f"{world.size} · {world.mode}: {world.why}")] if world.size > 1 else []
+    by = "" if world.launcher == "torchrun" else f", started by {world.launcher}"
+    rows = [("ranks", f"{world.size}{by} · {world.mode}: {world.why}")] if world.size > 1 else []
     rows += [
         ("device", f"{name} · {step.precision.name} · {compiled}"),
         *describe(plan).items(),

@@ -3,7 +3,6 @@
 import importlib.util
 import subprocess
 import sys
-from dataclasses import replace
 from typing import Any
 
 import pytest
