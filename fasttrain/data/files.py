@@ -6,6 +6,7 @@ import importlib
 import os
 import re
 import secrets
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -13,7 +14,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
-from fasttrain.command import tell
 from fasttrain.config import UserError
 
 ATTEMPTS, PAUSE_S = 5, 1.0  # at an address; the pause doubles after each
@@ -43,7 +43,8 @@ def warn_of_lack(folder: Path, what: str, error: OSError, risk: str) -> None:
     with suppress(OSError):
         lack = (what, folder.stat().st_dev)
         if lack not in _warned and os.environ.get("RANK", "0") == "0":
-            tell(f"warning: the file system of {folder} {what} ({error.strerror}): {risk}")
+            said = f"warning: the file system of {folder} {what} ({error.strerror}): {risk}"
+            print(said, file=sys.stderr, flush=True)
         _warned.add(lack)
 
 

@@ -121,6 +121,8 @@ class RunFolder:
             path = newest_run_dir(config, name, self._config_path, decay_from, allow_change)
         elif resume is not None:
             path, source, origin = self._named(config, Path(resume), name, remarks.append)
+        elif decay_from is not None:
+            path = self._branch_dir(config, run_dir_above(decay_from, "--decay-from"), name)
         else:
             path = new_run_dir(config, name, self._config_path)
         if address:
@@ -136,6 +138,13 @@ class RunFolder:
             self.mirror.fetch()
             if read_record(path) is None and (kept := record_at(self.mirror.address)):
                 write_record(path, kept)
+        elif source is not None and self.mirror and not self.overwrites:
+            self.mirror.fetch()
+            if newer := _newer(path, source):
+                raise UserError(
+                    f"--resume {resume}: {self.mirror.shown} held a newer checkpoint, which is now "
+                    f"{newer}; continue it with --resume auto, or branch off with another run.name"
+                )
         record = read_record(path)
         if resume == "auto" and _was_saved(path):
             source = checkpoint.resolve(path, report=self.warn)
@@ -171,14 +180,15 @@ class RunFolder:
                 "another run; leave one out"
             )
         source = checkpoint.resolve(named, report=warn)
-        if not moves:
-            newest = checkpoint.resolve(run_dir, report=lambda _: None)
-            if self.overwrites or newest.resolve() == source.resolve():
-                return run_dir, source, None
-        if moves:
-            return new_run_dir(config, name, self._config_path), None, source
-        unnamed = replace(config, run=replace(config.run, name=None))
-        return new_run_dir(unnamed, given or name, self._config_path), None, source
+        if not moves and (self.overwrites or not _newer(run_dir, source)):
+            return run_dir, source, None
+        return self._branch_dir(config, run_dir, name), None, source
+
+    def _branch_dir(self, config: TrainConfig, parent: Path, name: str) -> Path:
+        """Return the folder of a branch; one with its parent's name gets a number as well."""
+        if config.run.name == (own_name := parent.resolve().name):
+            config, name = replace(config, run=replace(config.run, name=None)), own_name
+        return new_run_dir(config, name, self._config_path)
 
     def settled(self, config: TrainConfig) -> TrainConfig:
         """Return the config with the name of the folder: a branch may not have its parent's."""
@@ -309,6 +319,16 @@ def newest_run_dir(
     if candidates:
         return out_dir / candidates[max(candidates)]
     return new_run_dir(config, name, config_path)
+
+
+def _newer(run_dir: Path, source: Path) -> Path | None:
+    """Return a checkpoint of a run that is intact and newer than ``source``; None: it is newest."""
+    for path in disk.candidates(run_dir):
+        if path.name == source.name:
+            return None
+        with contextlib.suppress(checkpoint.CheckpointError):
+            return checkpoint.verify(path).path
+    return None
 
 
 def _in_mirror(config: TrainConfig) -> Collection[str]:
