@@ -233,16 +233,16 @@ class Loader(contextlib.AbstractContextManager["Loader"], Iterator[Batch]):
         if self._over is not None:
             raise self._over
         begin, item = time.perf_counter(), None
-        progress, waited_s = -1, 0.0
+        waited_s, progress = 0.0, self._cache.progress if self._cache else 0
         while item is None:
-            if self._cache and self._cache.progress != progress:
-                # The network may be slow, and does not hang.
-                progress, waited_s = self._cache.progress, 0.0
             try:
                 # In short waits: time in which the process was stopped counts as one of them.
                 item = self._ready.get(timeout=(pause_s := min(DEADLINE_S, 1.0)))
             except queue.Empty:
                 waited_s += pause_s
+                if self._cache and self._cache.progress > progress:
+                    # The network is slow, and does not hang.
+                    waited_s, progress = 0.0, self._cache.progress
                 if waited_s < DEADLINE_S:
                     continue
                 file = self.dataset.reading or "the dataset"

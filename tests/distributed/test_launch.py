@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from fasttrain.config import UserError
+from fasttrain.distributed import lockstep
 from fasttrain.distributed.launch import adopt
+from fasttrain.distributed.world import World
 from tests.support.toy import ENV, ROOT, write_config
 
 SRUN = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1"}
@@ -114,3 +116,36 @@ def test_two_processes_of_mpirun_train_one_run(tmp_path: Path) -> None:
     assert [process.returncode for process in started] == [0, 0]
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["toy"]
     assert "2, started by mpirun · ddp" in outputs[0]
+
+
+def test_R8_time_in_which_the_watchdog_stood_still_does_not_count(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now, ended = 0.0, []
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds if now != 3.0 else 10_000.0  # once the job is suspended
+
+    def leave(status: int) -> None:
+        ended.append((status, now))
+        raise SystemExit
+
+    monkeypatch.setattr(lockstep.time, "monotonic", lambda: now)
+    monkeypatch.setattr(lockstep.time, "sleep", sleep)
+    monkeypatch.setattr(lockstep.os, "_exit", leave)
+    monkeypatch.setattr(lockstep.faulthandler, "dump_traceback", lambda **_: None)
+    watched = lockstep.Lockstep(World(), 10.0)
+    watched.beat()
+    with pytest.raises(SystemExit):
+        watched._watch()
+    [(status, at)] = ended
+    assert status == 1
+    assert 10_005 < at < 10_015  # a hang is still found, after its 10 s
+    patience = lockstep.Patience(10.0)
+    now += 5000.0
+    assert not patience.is_over()
+    for _ in range(9):
+        now += 1.0
+        over = patience.is_over()
+    assert over
