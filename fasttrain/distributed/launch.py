@@ -36,8 +36,10 @@ _JOB_IDS = ("SLURM_JOB_ID", "PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "PMI_JO
 _TORCHRUN = "torchrun --nproc-per-node N -m fasttrain.train …"
 
 
-def adopt(environment: MutableMapping[str, str] = os.environ) -> str | None:
+def adopt(environment: MutableMapping[str, str] | None = None) -> str | None:
     """Set torchrun's variables from those of another launcher; return its name, None without one.
+
+    ``environment`` is that of this process unless it is given.
 
     A single process, an interactive shell in a Slurm job, and processes of torchrun stay as they
     are.
@@ -45,6 +47,7 @@ def adopt(environment: MutableMapping[str, str] = os.environ) -> str | None:
     Raises:
         UserError: several processes were started in a way that does not say how they meet.
     """
+    environment = os.environ if environment is None else environment
     if "WORLD_SIZE" in environment:
         return environment.get("FASTTRAIN_LAUNCHER")
     for name, variables in _LAUNCHERS.items():

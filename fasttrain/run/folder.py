@@ -138,18 +138,21 @@ class RunFolder:
             self.mirror.fetch()
             if read_record(path) is None and (kept := record_at(self.mirror.address)):
                 write_record(path, kept)
-        elif source is not None and self.mirror and not self.overwrites:
+        elif resume and origin is None and self.mirror and not (restarted or self.overwrites):
             self.mirror.fetch()
-            if newer := _newer(path, source):
+            if source is not None and (newer := _newer(path, source)):
                 raise UserError(
                     f"--resume {resume}: {self.mirror.shown} held a newer checkpoint, which is now "
                     f"{newer}; continue it with --resume auto, or branch off with another run.name"
                 )
         record = read_record(path)
+        if resume not in (None, "auto") and source is None and origin is None:
+            source = checkpoint.resolve(path, report=self.warn)
         if resume == "auto" and _was_saved(path):
             source = checkpoint.resolve(path, report=self.warn)
             if not restarted and _ended(path, record):
-                self.note(f"{path} has come to its end, and no run of this config is unfinished")
+                also = "" if config.run.name else ", and no run of this config is unfinished"
+                self.note(f"{path} has come to its end{also}")
         elif resume == "auto":
             how = "starting a new run" if new else "starting over in this folder"
             self.note(f"nothing to resume, {path} holds no checkpoint yet: {how}")
@@ -179,6 +182,9 @@ class RunFolder:
                 f"--overwrite drops what is newer in {run_dir}, and run.name = {given} names "
                 "another run; leave one out"
             )
+        is_checkpoint = (named / disk.MANIFEST).exists() or disk.STEP.fullmatch(named.name)
+        if not moves and not is_checkpoint:
+            return run_dir, None, None  # its newest one, once the folder is locked
         source = checkpoint.resolve(named, report=warn)
         if not moves and (self.overwrites or not _newer(run_dir, source)):
             return run_dir, source, None

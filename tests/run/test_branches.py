@@ -281,10 +281,12 @@ def test_R35_a_checkpoint_that_the_mirror_is_ahead_of_is_not_continued(
     shutil.copytree("runs", "old")
     assert main([*command, "--resume", "auto", "--stop-at-step", "5"]) == 75
     shutil.rmtree("runs")
-    shutil.move("old", "runs")
-    assert main([*command, "--resume", "runs/a"]) == 2
+    shutil.copytree("old", "runs")
+    assert main([*command, "--resume", "runs/a/checkpoints/step-00000002"]) == 2
     assert "held a newer checkpoint" in capsys.readouterr().err
-    assert main([*command, "--resume", "runs/a"]) == 0
+    shutil.rmtree("runs")
+    shutil.move("old", "runs")
+    assert main([*command, "--resume", "runs/a"]) == 0  # from the newest
     assert [row["step"] for row in rows(Path("runs/a"))] == list(range(1, 9))
 
 
