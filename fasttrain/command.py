@@ -44,6 +44,7 @@ def command(main: Callable[P, int]) -> Callable[P, int]:
 
     @functools.wraps(main)
     def run(*args: P.args, **kwargs: P.kwargs) -> int:
+        _open_closed_streams()
         with contextlib.suppress(AttributeError):  # a replaced stdout may lack it
             sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
         if "OMP_WAIT_POLICY" not in os.environ:  # read when torch is imported
@@ -73,6 +74,26 @@ def command(main: Callable[P, int]) -> Callable[P, int]:
             return EXIT_FAILED
 
     return run
+
+
+def _open_closed_streams() -> None:
+    """Lead standard streams that were closed, as by ``>&-``, to the null device.
+
+    Else the next files that are opened would have their numbers, and receive what C code prints.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is not None:
+            continue
+        try:
+            os.fstat(number)
+        except OSError:
+            null = os.open(os.devnull, os.O_RDWR)
+            if null != number:
+                os.dup2(null, number)
+                os.close(null)
+            os.set_inheritable(number, True)
+        mode = "w" if number else "r"
+        setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
 
 
 def _nobody_reads(file: int) -> bool:

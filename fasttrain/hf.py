@@ -4,7 +4,9 @@ GPT-2, Llama and Qwen3 are settings of `fasttrain.model.Transformer`: the same w
 names. `transformers` itself is not needed; weights are read and written as safetensors only.
 """
 
+import contextlib
 import json
+import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -221,7 +223,11 @@ def export_model(run: str | Path, out: str | Path, *, dtype: str = "fp32") -> Pa
             described |= dict.fromkeys(("bos_token", "eos_token"), tokenizer.id_to_token(eot))
         shutil.copyfile(tokenizer_file, out / "tokenizer.json")
     tensors = _hf_tensors(model, model_type, DTYPES[dtype])
-    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, weights := out / "model.safetensors", metadata={"format": "pt"})
+    umask = os.umask(0)
+    os.umask(umask)
+    with contextlib.suppress(OSError):  # not all file systems keep modes
+        weights.chmod(0o666 & ~umask)  # safetensors leaves it to its owner alone
     for name, value in files.items():
         (out / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     return out

@@ -53,6 +53,8 @@ class Run:
     made_by: list[dict[str, Any]] = field(default_factory=list)
     samples: list[str] = field(default_factory=list)
     tasks: list[dict[str, Any]] = field(default_factory=list)
+    parent: str = ""  # of a branch: the run and the step that it starts from
+    before: list[dict[str, Any]] = field(default_factory=list)  # its parent's lines up to there
 
 
 class Curve(NamedTuple):
@@ -74,8 +76,11 @@ class Panel(NamedTuple):
     note: str = ""
 
 
-def read_run(path: Path) -> Run:
-    """Read a run folder: metrics.jsonl and, where they are, config.toml and samples.txt."""
+def read_run(path: Path, descendants: frozenset[Path] = frozenset()) -> Run:
+    """Read a run folder: metrics.jsonl and, where they are, config.toml and samples.txt.
+
+    Of a branch, the lines of its parents are read as well; ``descendants`` are those that asked.
+    """
     file = path / "metrics.jsonl"
     if not file.is_file():
         raise UserError(f"{path}: no metrics.jsonl in it; give a run folder, such as runs/base")
@@ -101,7 +106,15 @@ def read_run(path: Path) -> Run:
 
         with torch.device("meta"):  # shapes alone: nothing is allocated
             per_token = Transformer(config.model, seq_len=config.data.seq_len).flops_per_token()
-    last: dict[str, Any] = {"step": 0, "minutes": 0.0}
+    first = made_by[0] if made_by else {}
+    begin, source = first.get("step"), first.get("parent")
+    if type(begin) is int and begin > 0 and isinstance(source, str):
+        parent = Path(source).parent.parent  # its checkpoint lies in RUN/checkpoints
+        run.parent = f"{parent.name} at step {begin:,}"
+        run.before = _lines_before(path, parent, begin, descendants | {path.resolve()})
+    else:
+        begin = 0
+    last: dict[str, Any] = {"step": begin, "minutes": 0.0}
     for row in rows:
         if "loss" in row:
             # A line's step_ms is the mean over the steps since the line before.
@@ -119,6 +132,21 @@ def read_run(path: Path) -> Run:
         parts = samples.read_text(encoding="utf-8", errors="replace").split("--- step ")
         run.samples = [part for part in parts if part.strip()][-SAMPLES_SHOWN:]
     return run
+
+
+def _lines_before(
+    path: Path, parent: Path, step: int, descendants: frozenset[Path]
+) -> list[dict[str, Any]]:
+    """Return what a branch's parents logged up to ``step``; nothing if they are gone."""
+    beside = path.resolve().parent / parent.name
+    folder = beside if beside.is_dir() else parent
+    if folder.resolve() in descendants:
+        return []
+    with contextlib.suppress(UserError, OSError):
+        run = read_run(folder, descendants)
+        rows = [row for row in (*run.before, *run.train) if row["step"] <= step]
+        return [row | {"minutes": None} for row in rows]  # the branch's begin at 0
+    return []
 
 
 def _column(rows: Sequence[Mapping[str, Any]], key: str) -> list[float]:
@@ -170,6 +198,8 @@ def panels(runs: Sequence[Run]) -> list[Panel]:
     )
     loss: list[Curve] = []
     for n, run in enumerate(runs):
+        if run.before:
+            loss.append(Curve(n, run.before, _column(run.before, "loss"), "faint", "parent"))
         loss += (
             Curve(n, run.train, _column(run.train, "loss"), "faint"),
             Curve(n, run.train, smoothed(run, n_steps), name="smoothed"),
@@ -223,6 +253,7 @@ def facts(run: Run, n_steps: int) -> dict[str, str]:
     shown = [time[:16].replace("T", " ") for time in times] or ["n/a"]
     done = last.get("progress") or 1.0
     return {
+        **({"branch of": run.parent} if run.parent else {}),
         "started": shown[0],
         "ended": max(shown),
         "steps": f"{last['step']:,}" + (f" ({done:.0%} of the run)" if done < 1 else ""),

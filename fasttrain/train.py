@@ -13,12 +13,14 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
 from fasttrain.command import EXIT_FAILED, EXIT_STOPPED, check_system, command, make_parser
-from fasttrain.config import UserError, load_config
-from fasttrain.config.load import help_text, nearest_keys, shipped_configs
+from fasttrain.config import TrainConfig, UserError, load_config
+from fasttrain.config.load import config_file, help_text, nearest_keys, shipped_configs
+from fasttrain.distributed.launch import adopt
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -32,13 +34,16 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--resume",
         metavar="auto|PATH",
-        help="continue a run: from the newest intact checkpoint of this config's run, or start a "
-        "new run if there is none yet (auto); or from a run or checkpoint folder, or the address "
-        "of a run in a mirror, with its own config unless one is given",
+        help="continue a run: the newest unfinished one of this config, or start a new run if "
+        "there is none yet (auto); or from a run or checkpoint folder, or the address of a run in "
+        "a mirror, with its own config unless one is given. A checkpoint that is not its run's "
+        "newest, or another run.name, starts a branch: a new run, in a folder of its own",
     )
-    decay = "start a new run from a run or checkpoint folder, and decay its learning rate (with "
-    decay += "schedule.name=wsd) from there to the end set by this config"
+    decay = "start a branch from a run or checkpoint folder, with its config unless one is given, "
+    decay += "and decay its learning rate (with schedule.name=wsd) from there to its end"
     add("--decay-from", metavar="PATH", help=decay)
+    over = "with --resume CHECKPOINT: start no branch, but continue in the folder of its run and "
+    add("--overwrite", action="store_true", help=over + "drop the newer checkpoints and log lines")
     stop = "stop after step N with a checkpoint and exit status 75"
     add("--stop-at-step", type=int, metavar="N", help=stop)
     change = "a key that may differ from the resumed run's; repeatable"
@@ -50,13 +55,46 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _held_by(resumed: Path) -> tuple[Path, str]:
-    """Return the config that a run or checkpoint folder holds, and the name of the run."""
-    from fasttrain.run.folder import run_dir_above
+def _config_held_by(
+    resumed: Path, option: str, overrides: Sequence[str]
+) -> tuple[TrainConfig, str]:
+    """Return the config that a run or checkpoint folder holds, and a name for a branch of the run.
 
-    run_dir = run_dir_above(resumed)
+    Its name and place are the folder's, which may have been moved, unless ``overrides`` set them.
+    """
+    from fasttrain.run.folder import run_dir_above
+    from fasttrain.run.record import read_record
+
+    run_dir = run_dir_above(resumed, option)
     held = [folder / "config.toml" for folder in (resumed, run_dir)]
-    return next(filter(Path.is_file, held), held[-1]), run_dir.resolve().name
+    config = load_config(next(filter(Path.is_file, held), held[-1]), overrides)
+    given = {override.partition("=")[0].strip() for override in overrides}
+    name = run_dir.resolve().name
+    settings = config.run
+    if "run.name" not in given and settings.name is not None:
+        settings = replace(settings, name=name)
+    if "run.out_dir" not in given:
+        settings = replace(settings, out_dir=str(run_dir.parent))
+    if settings.name is None and (record := read_record(run_dir)):
+        stem = Path(record["config"]).stem
+        if re.fullmatch(rf"{re.escape(stem)}(-\d+)?", name):
+            name = stem
+    return replace(config, run=settings), name
+
+
+def _refuse_branch_of_address(address: str, run_name: str, overrides: Sequence[str]) -> None:
+    """Refuse another ``run.name`` for a run in a mirror: a branch starts from a folder here."""
+    names = [o.partition("=")[2].strip().strip("\"'") for o in overrides if _sets_name(o)]
+    if names and names[-1] != run_name:
+        raise UserError(
+            f"--resume {address}: continues the run {run_name}, not run.name = {names[-1]}; for a "
+            "branch, bring it here first: repeat the command without run.name, stop it, and name "
+            "its folder with --resume"
+        )
+
+
+def _sets_name(override: str) -> bool:
+    return override.partition("=")[0].strip() == "run.name"
 
 
 @command
@@ -66,6 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     0: done, or verified; 1: failed, or not verified; 2: bad input; 75: stopped, and can be resumed;
     128 + n: ended by signal n before there was anything to resume.
     """
+    adopt()
     parser = _parser()
     arguments, unknown = parser.parse_known_intermixed_args(argv)
     if unknown:
@@ -76,8 +115,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if given is not None and re.match(r"[\w.]+ *=", given) and not Path(given).exists():
         arguments.overrides.insert(0, given)  # the first of several, and no config
         given = None
-    if given is None and arguments.resume in (None, "auto"):
+    source: str | None = arguments.decay_from
+    if arguments.resume not in (None, "auto"):
+        source = arguments.resume
+    if given is None and source is None:
         parser.error("name a config, such as base or configs/base.toml")
+    if arguments.overwrite and arguments.resume in (None, "auto"):
+        parser.error("--overwrite is for --resume CHECKPOINT, which it continues in its own folder")
 
     only_looks = arguments.dry_run or arguments.verify_resume is not None
     was_saved = arguments.resume not in (None, "auto") and not only_looks
@@ -101,13 +145,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
                 mirror, _, run_name = address.rstrip("/").rpartition("/")
                 keys = {"checkpoint.mirror": mirror, "run.name": run_name}
+                _refuse_branch_of_address(address, run_name, arguments.overrides)
                 arguments.overrides += [f"{k}={json.dumps(v)}" for k, v in keys.items()]
-                given = given or fetched.enter_context(config_at(address))
+                path = Path(given or fetched.enter_context(config_at(address)))
+                config, name = load_config(path, arguments.overrides), run_name
+                config_path = path if given else None
                 arguments.resume = "auto"
-            path, name = _held_by(Path(arguments.resume)) if given is None else (Path(given), None)
-            config = load_config(path, arguments.overrides)
+            elif given is None:
+                option = "--decay-from" if source == arguments.decay_from else "--resume"
+                held = Path(source or "")
+                config, name = _config_held_by(held, option, arguments.overrides)
+                config_path = None
+            else:
+                config = load_config(given, arguments.overrides)
+                name, config_path = Path(given).stem, config_file(given)
             if arguments.resume == "auto" and not only_looks:
-                runs = f"{glob.escape(config.run.name or path.stem)}*"
+                runs = f"{glob.escape(config.run.name or name)}*"
                 was_saved = any(Path(config.run.out_dir).glob(f"{runs}/checkpoints/step-*"))
             if not only_looks:
                 from fasttrain.run.run import run
@@ -122,11 +175,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             return verify_resume(config, arguments.verify_resume)
         return run(
             config,
-            name=name or path.stem,
+            name=name,
             resume=arguments.resume,
             stop_at_step=arguments.stop_at_step,
             allow_change=arguments.allow_change,
             decay_from=arguments.decay_from,
+            config_path=config_path,
+            overwrite=arguments.overwrite,
         )
     except KeyboardInterrupt as error:
         return interrupted(error.args[0] if error.args else signal.SIGINT)

@@ -32,6 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"  {'verified' if found else 'DAMAGED'}: {verdict}")
         if found and not shown:
             shown = True
+            for parent in found.state.get("lineage", []):
+                print("  branched off {run} at step {step}".format(**parent))
             for change in found.state.get("history", []):
                 print("  changed at step {step}: {key}: {old} → {new} ({when})".format(**change))
             print(config_to_toml(found.config))

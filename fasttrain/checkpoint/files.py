@@ -15,13 +15,14 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, NotRequired, TypedDict, cast
+from typing import Any, BinaryIO, Literal, NotRequired, TypedDict, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fasttrain.config import UserError, misfit, untrusted
+from fasttrain.data.files import LACKING, sync, sync_folder
 
 MANIFEST = "manifest.json"
 FORMAT = {"format": "fasttrain-checkpoint", "version": 1}
@@ -196,13 +197,22 @@ def map_tensors(path: Path) -> dict[str, Tensor]:
         if (length := int.from_bytes(raw.read(8), "little")) > JSON_LIMIT:
             raise CheckpointError(f"{path}: damaged: header of {length} bytes")
         try:
-            with safe_open(path, "pt") as file:
+            with safe_open(_utf8_path(path, raw), "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             for tensor in tensors.values():
                 torch.empty(tensor.shape, device="meta")  # refuses (0, 2**62, 2**62), as models do
         except (SafetensorError, RuntimeError) as error:
             raise CheckpointError(f"{path}: damaged: {error}") from error
     return tensors
+
+
+def _utf8_path(path: Path, opened: BinaryIO) -> str | Path:
+    """Return a path that safetensors can take, which knows UTF-8 alone, of a file that is open."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return f"/dev/fd/{opened.fileno()}"
+    return path
 
 
 def write_file(path: Path, content: Any) -> dict[str, Any]:
@@ -218,7 +228,7 @@ def write_file(path: Path, content: Any) -> dict[str, Any]:
             rest = _write_past_cache(descriptor, rest)
         while len(rest):
             rest = rest[os.write(descriptor, rest[:_WRITE]) :]
-        os.fsync(descriptor)
+        sync(descriptor, path)
     finally:
         os.close(descriptor)
         if large:
@@ -239,7 +249,7 @@ def _write_past_cache(descriptor: int, view: memoryview) -> memoryview:
         while len(view) >= PAGE:
             view = view[os.write(descriptor, view[: min(_WRITE, len(view)) // PAGE * PAGE]) :]
     except OSError as error:
-        if error.errno != errno.EINVAL:  # it cannot, or its blocks are larger than ours
+        if error.errno not in LACKING:  # it cannot, or its blocks are larger than ours
             raise
     finally:
         fcntl.fcntl(descriptor, fcntl.F_SETFL, 0)
@@ -253,22 +263,12 @@ def give_way() -> None:
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
 
 
-def fsync_folder(folder: Path) -> None:
-    if not hasattr(os, "O_DIRECTORY"):
-        return  # Windows opens no folder
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def point(pointer: Path, name: str) -> None:
     partial = pointer.with_name(f".tmp-{pointer.name}")
     remove(partial)
     write_file(partial, f"{name}\n".encode())
     os.replace(partial, pointer)
-    fsync_folder(pointer.parent)
+    sync_folder(pointer.parent)
 
 
 def pointed(pointer: Path) -> str:
@@ -355,6 +355,7 @@ class Faults(TypedDict):  # what `engine.state.FaultCounts` keeps
 
 class ModelState(TypedDict, total=False):  # state.json of parameters that belong to no run
     history: list[Change]
+    lineage: list[dict[str, Any]]  # the checkpoints that the run branched off, the first one first
     provenance: dict[str, str | bool | None]
 
 

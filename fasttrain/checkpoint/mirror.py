@@ -21,7 +21,17 @@ from fasttrain.checkpoint import files as disk
 from fasttrain.checkpoint.files import MANIFEST, STEP, CheckpointError
 from fasttrain.checkpoint.reading import resolve, verify
 from fasttrain.config import UserError, counted
-from fasttrain.data.files import TRANSFER_S, file_system, if_there, names_at, put, remote, shown
+from fasttrain.data.files import (
+    TRANSFER_S,
+    file_system,
+    if_there,
+    names_at,
+    put,
+    remote,
+    shown,
+    sync,
+    sync_folder,
+)
 
 # What else of its folder a run continues on another machine, or generates text with.
 _BESIDE = {"metrics.jsonl", "samples.txt", "tokenizer.json"}
@@ -183,9 +193,9 @@ class Mirror:
         put(address, content)
         if "file" in fs.protocol:
             with open(path, "rb") as file:
-                os.fsync(file.fileno())
+                sync(file.fileno(), Path(path))
             for folder in Path(path).parents[:2]:
-                disk.fsync_folder(folder)
+                sync_folder(folder)
 
     def _remove(self, name: str) -> None:
         if_there(f"{self.address}/checkpoints/{name}/{MANIFEST}", "rm_file")

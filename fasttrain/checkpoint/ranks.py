@@ -17,7 +17,6 @@ import os
 import re
 import secrets
 import threading
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from torch import Tensor
 from fasttrain.checkpoint import files as disk
 from fasttrain.checkpoint.files import CheckpointError, RankRecord
 from fasttrain.config.untrusted import misfit
+from fasttrain.distributed.lockstep import Patience
 from fasttrain.distributed.sharding import Slice, locate
 from fasttrain.distributed.world import World
 
@@ -151,10 +151,10 @@ class Ranks:
     def collect(self, partial: Path, path: Path) -> dict[str, dict[str, Any]]:
         """On rank 0: wait until all ranks have handed in; return the entries of their files."""
         entries: dict[str, dict[str, Any]] = {}
-        end = time.monotonic() + self.patience_s
+        patience = Patience(self.patience_s)
         for rank in range(self.size):
             file = partial / f"rank-{rank:05d}.json"
-            self._wait(file.exists, path, f"rank {rank} did not write its part", end)
+            self._wait(file.exists, path, f"rank {rank} did not write its part", patience)
             text = file.read_bytes()
             record = disk.parse_json(file, text)
             if error := record.get("error"):
@@ -176,17 +176,17 @@ class Ranks:
                 raise CheckpointError(problem)
             return partial.name in disk.pointed(path / disk.MANIFEST)
 
-        self._wait(done, path, "rank 0 did not commit it", time.monotonic() + self.patience_s)
+        self._wait(done, path, "rank 0 did not commit it", Patience(self.patience_s))
 
     def _failed(self, partial: Path) -> Path:
         return partial.with_name(f".tmp-failed{self.mark}{partial.name.rpartition('-')[2]}")
 
-    def _wait(self, done: Callable[[], bool], path: Path, late: str, end: float) -> None:
+    def _wait(self, done: Callable[[], bool], path: Path, late: str, patience: Patience) -> None:
         pause, longest = _POLLS_S
         while not done():
             if self.abandoned.wait(pause):
                 raise CheckpointError(f"{path} was not saved: the run ended before it was")
-            if time.monotonic() > end:
+            if patience.is_over():
                 raise CheckpointError(
                     f"{path} was not saved: {late} within {self.patience_s:g} s; see what became "
                     "of that rank"

@@ -24,6 +24,7 @@ from fasttrain.checkpoint.mirror import Mirror
 from fasttrain.checkpoint.ranks import Ranks, SliceNumbers, own_slices
 from fasttrain.checkpoint.reading import parse, verify
 from fasttrain.command import tell
+from fasttrain.data.files import sync_folder
 from fasttrain.distributed.world import World
 
 _BULKY = 64 << 20  # bytes; fewer take some milliseconds, and are better written soon
@@ -73,7 +74,7 @@ class CheckpointWriter:
         self._verified: dict[Path, object] = {}  # with what `disk.signature` was then
         with disk.failing(f"cannot make the checkpoint folder {self.folder}"):
             self.folder.mkdir(parents=True, exist_ok=True)
-            disk.fsync_folder(self.folder.parent)
+            sync_folder(self.folder.parent)
 
     def save(
         self,
@@ -200,9 +201,9 @@ class CheckpointWriter:
                 manifest = self._write_whole(save, older)
                 if path.exists():
                     os.rename(path, old)
-                    disk.fsync_folder(self.folder)
+                    sync_folder(self.folder)
                 os.rename(partial, path)
-                disk.fsync_folder(self.folder)
+                sync_folder(self.folder)
         except CheckpointError as error:
             with contextlib.suppress(OSError):
                 if old.exists() and not path.exists():
@@ -241,7 +242,7 @@ class CheckpointWriter:
             raise CheckpointError(
                 f"{save.path} was not saved, because no run could resume from it: {reason}"
             ) from error
-        disk.fsync_folder(partial)
+        sync_folder(partial)
         return manifest
 
     def _is_sound(self, path: Path) -> bool:

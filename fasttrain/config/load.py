@@ -28,17 +28,13 @@ _NOW_FRACTIONS = {
     "eval.stride_tokens": "eval.stride_fraction",
 }
 # Keys of which one alone is set: given on the command line it replaces those of the file.
-_EXCLUSIVE = (
-    HORIZON,
-    ("data.path", "data.paths"),
-    ("optim.lr", "optim.muon_lr"),  # of an optimizer one is read
-)
+_EXCLUSIVE = (HORIZON, ("data.path", "data.paths"))
 # What other trainers and older versions call a key, where its spelling does not lead there.
 _ELSEWHERE = {
     "model.dim": "n_embd hidden_size",
     "model.mlp": "activation hidden_act",
     "data.seq_len": "block_size",
-    "optim.lr": "learning_rate",
+    "optim.lr": "learning_rate muon_lr",
     "train.steps": "max_iters max_steps",
     "train.micro_batch": "batch_size",
     "train.tokens_per_step": "gradient_accumulation_steps",
@@ -65,19 +61,25 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     Raises:
         ConfigError: the file cannot be read, or something in it or in the overrides is refused.
     """
-    path = Path(path)
-    if str(path) == path.name and not path.is_file():
-        path = shipped_configs().get(path.name.removesuffix(".toml"), path)
+    path = config_file(path)
     tables = _read(path)
+    given = dict(map(_parse_override, overrides))
     try:
-        values = _flat(tables)
+        values = _flat(tables, given.get("optim.name"))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
-    given = dict(map(_parse_override, overrides))
     for group in _EXCLUSIVE:
         if any(given.get(name) for name in group):
             values = {name: value for name, value in values.items() if name not in group}
     return _config_of(values | given)
+
+
+def config_file(path: str | Path) -> Path:
+    """Return the file that a path, or the name of a shipped config, stands for."""
+    path = Path(path)
+    if str(path) == path.name and not path.is_file():
+        return shipped_configs().get(path.name.removesuffix(".toml"), path)
+    return path
 
 
 def shipped_configs() -> dict[str, Path]:
@@ -88,8 +90,11 @@ def shipped_configs() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.toml"))}
 
 
-def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values of all sections as ``section.key``, older keys replaced by today's."""
+def _flat(values: Mapping[str, Any], optimizer: str | None = None) -> dict[str, Any]:
+    """Return the values of all sections as ``section.key``, older keys replaced by today's.
+
+    ``optimizer`` is its name where it is not that of the file.
+    """
     flat: dict[str, Any] = {}
     for section, table in values.items():
         if section not in SECTIONS and not (table and isinstance(table, Mapping)):
@@ -107,6 +112,9 @@ def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
     for k in ("embedding_lr_scale", "head_lr_scale"):
         if f"optim.{k}" in flat and flat.get("optim.name") == "muon":
             flat[f"optim.muon_{k}"] = flat.pop(f"optim.{k}")
+    muon_lr = flat.pop("optim.muon_lr", None)  # a second key for the rate with muon alone
+    if (optimizer or flat.get("optim.name")) == "muon" and muon_lr not in (None, "none", "null"):
+        flat["optim.lr"] = muon_lr
     flat = {name: v for name, v in flat.items() if name not in _RETIRED or v != _RETIRED[name]}
     if unknown := [name for name in flat if name not in _FIELDS]:
         _unknown_key(unknown[0])
@@ -117,7 +125,10 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         if (size := path.stat().st_size) > _MAX_BYTES:
             raise ValueError(f"{size:,} bytes, at most {_MAX_BYTES:,} are credible")
-        text = path.read_text(encoding="utf-8")
+        content = path.read_bytes()
+        if content.startswith((b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")) or b"\0" in content[:4]:
+            raise ConfigError(f"{path}: is UTF-16 or UTF-32; save it as UTF-8")
+        text = content.decode("utf-8-sig").replace("\r\n", "\n")  # Windows may begin with a mark
         if (n := text.count(".")) > _MAX_DOTS:
             raise ValueError(f"{n:,} dots, at most {_MAX_DOTS:,} are credible")
         return tomllib.loads(text)

@@ -10,6 +10,7 @@ from typing import Any
 
 from fasttrain.config.keys import Section, choice, divisors, key
 
+_LR, _MUON_LR = 1e-3, 8e-3  # peak learning rates where none is set
 _WIDEST = 2**20  # with which no product of sizes leaves 63 bits
 # What a whole string must match, and how to say it.
 _PATH = (r"[^\0]+", "a path")
@@ -174,8 +175,9 @@ class OptimConfig(Section):
         "adamw muon sgd adafactor adamw8bit",
         "muon uses adamw for everything except the blocks' matrices; adamw8bit is torchao's",
     )
-    lr: float = key(1e-3, "peak learning rate", gt=0)
-    muon_lr: float | None = key(None, "peak learning rate with muon (none: lr)", gt=0)
+    lr: float | None = key(
+        None, f"peak learning rate (none: {_MUON_LR} with muon, else {_LR})", gt=0
+    )
     betas: tuple[float, float] = key((0.9, 0.95), "decay rates of AdamW's two moments", ge=0, lt=1)
     eps: float = key(1e-8, "added to AdamW's denominator", gt=0)
     weight_decay: float = key(0.1, "decay of matrices, times the rate; not decoupled in sgd", ge=0)
@@ -187,10 +189,16 @@ class OptimConfig(Section):
     momentum: float = key(0.9, "momentum of sgd", ge=0, lt=1)
     nesterov: bool = key(False, "use Nesterov momentum in sgd")
 
+    def __post_init__(self) -> None:
+        Section.__post_init__(self)
+        if self.lr is None:  # a saved config names it: a default of another version changes no run
+            object.__setattr__(self, "lr", _MUON_LR if self.name == "muon" else _LR)
+
     @property
     def peak_lr(self) -> float:
-        """The peak learning rate of the optimizer that is named."""
-        return self.lr if self.name != "muon" or self.muon_lr is None else self.muon_lr
+        """The peak learning rate, which is known once the config is made."""
+        assert self.lr is not None
+        return self.lr
 
     def problems(self) -> Problems:
         if self.nesterov and self.momentum == 0:

@@ -6,14 +6,15 @@ uint16, magic 20240801 with version 7 is uint32; llm.c and modded-nanogpt read a
 Files are read with `preadv`, never mapped: SIGBUS ends a process whose mapped file shrinks.
 """
 
+import errno
 import hashlib
 import json
 import os
 import stat
 import weakref
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -54,7 +55,7 @@ class ShardInfo(TypedDict):
 
 
 class Shard:
-    """An open shard file, read only.
+    """A shard file, read only; open while it is read, a copy as long as this object lives.
 
     `dtype` is for files without header, `said` for what `dataset.json` lists, `name` for copies.
     """
@@ -62,6 +63,7 @@ class Shard:
     sha256: str  # of the file, header included, as hex; known when it has been scanned
     max_token: int  # −1 without tokens; known when it has been scanned
     ends_path: Path  # the file that says where its documents end; known with `said`
+    _fd: int | None = None
 
     def __init__(
         self, path: Path, *, dtype: str | None = None, said: ShardInfo | None = None, name: str = ""
@@ -70,20 +72,39 @@ class Shard:
         if said is not None:
             self.ends_path = path.parent / said["ends_file"]
         try:
-            # A pipe is opened at once, so that it can be refused.
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-            weakref.finalize(self, os.close, self._fd).atexit = False
-            found = os.fstat(self._fd)
-            if not stat.S_ISREG(found.st_mode):
-                raise DataError(f"{path}: not a file; put the shard itself there")
-            self.identity = _identity(found)
-            self._watched = self._fd if name else path  # a copy may be evicted while it is read
-            self.dtype, self.offset_bytes, self.n_tokens = self._read_header(dtype, found.st_size)
+            if name:  # a copy may be evicted while it is read; what has it open reads on
+                self._fd = _open(path)
+                weakref.finalize(self, os.close, self._fd).atexit = False
+            with self._opened() as fd:
+                found = os.fstat(fd)
+                if not stat.S_ISREG(found.st_mode):
+                    raise DataError(f"{path}: not a file; put the shard itself there")
+                self.identity, self._ctime_ns = _identity(found), found.st_ctime_ns
+                raw = os.pread(fd, HEADER_BYTES, 0)
         except OSError as error:
-            raise DataError(f"{path}: cannot be opened ({error.strerror})") from error
+            limit = ""
+            if error.errno == errno.EMFILE:
+                limit = f"; this process may open {_most_open()} files, raise that with ulimit -n"
+            raise DataError(f"{path}: cannot be opened ({error.strerror}{limit})") from error
+        self.dtype, self.offset_bytes, self.n_tokens = self._parse_header(
+            raw.ljust(HEADER_BYTES, b"\0"), dtype, found.st_size
+        )
 
-    def _read_header(self, dtype: str | None, size: int) -> tuple[np.dtype[Any], int, int]:
-        raw = os.pread(self._fd, HEADER_BYTES, 0).ljust(HEADER_BYTES, b"\0")
+    @contextmanager
+    def _opened(self) -> Iterator[int]:
+        """Open the file in this block: a dataset may have more shards than a process has files."""
+        if self._fd is not None:
+            yield self._fd
+            return
+        fd = _open(self.path)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
+    def _parse_header(
+        self, raw: bytes, dtype: str | None, size: int
+    ) -> tuple[np.dtype[Any], int, int]:
         header = np.frombuffer(raw, "<i4")
         magic, version, count = header[:3].tolist()
         bare = None if dtype is None else np.dtype(dtype).newbyteorder("<")
@@ -112,20 +133,22 @@ class Shard:
     def read(self, pieces: Iterable[tuple[int, memoryview]]) -> None:
         """Fill each buffer of bytes with the tokens from its place on; refuse a file that changed.
 
-        One `stat` tells, cheap enough for every batch; what was range-checked stays what is read.
+        One `fstat` tells, cheap enough for every batch; what was range-checked stays what is read.
         """
         whole = True
         try:
-            for start, piece in pieces:
-                at = self.offset_bytes + start * self.dtype.itemsize
-                while piece and (n := os.preadv(self._fd, (piece,), at)):
-                    piece, at = piece[n:], at + n
-                whole = whole and not piece
+            with self._opened() as fd:
+                for start, piece in pieces:
+                    at = self.offset_bytes + start * self.dtype.itemsize
+                    while piece and (n := os.preadv(fd, (piece,), at)):
+                        piece, at = piece[n:], at + n
+                    whole = whole and not piece
+                if whole and _identity(os.fstat(fd)) == self.identity:
+                    return
+        except FileNotFoundError:
+            pass
         except OSError as error:
             raise DataError(f"{self.path}: cannot be read ({error.strerror})") from error
-        with suppress(OSError):
-            if whole and _identity(os.stat(self._watched)) == self.identity:
-                return
         remedy = "restore the file and resume from the last checkpoint"
         raise DataError(f"{self.path}: truncated, replaced or removed while it was read; {remedy}")
 
@@ -170,7 +193,7 @@ class Shard:
 
         An entry is void once the file's device, inode, size or one of its times has changed.
         """
-        identity = [*self.identity, os.fstat(self._fd).st_ctime_ns, self.dtype.str]
+        identity = [*self.identity, self._ctime_ns, self.dtype.str]
         entry = cache / f"{hashlib.sha256(os.fsencode(self.path.resolve())).hexdigest()}.json"
         # No entry, or one that cannot be used, costs a scan.
         with suppress(OSError, ValueError, KeyError, TypeError):
@@ -179,7 +202,8 @@ class Shard:
                 self.sha256, self.max_token = str(kept["sha256"]), int(kept["max_token"])
                 self._max_at = int(kept["max_at"])
                 return
-        digest = hashlib.sha256(os.pread(self._fd, self.offset_bytes, 0))
+        with self._opened() as fd:
+            digest = hashlib.sha256(os.pread(fd, self.offset_bytes, 0))
         self.max_token, self._max_at = -1, 0
         buffer = np.empty(BLOCK_TOKENS, self.dtype)
         for start in range(0, self.n_tokens, len(buffer)):
@@ -193,6 +217,17 @@ class Shard:
         with suppress(OSError):  # a cache that cannot be written costs the next start one scan
             entry.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(entry, json.dumps({"identity": identity, **found}).encode())
+
+
+def _open(path: Path) -> int:
+    # A pipe is opened at once, so that it can be refused.
+    return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+
+
+def _most_open() -> int:
+    import resource  # Windows has none
+
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 def _identity(found: os.stat_result) -> list[int]:

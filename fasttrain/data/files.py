@@ -1,9 +1,12 @@
 """What every part of the data path needs of the file system."""
 
+import errno
 import hashlib
 import importlib
 import os
 import re
+import secrets
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -18,11 +21,31 @@ STALL_S = 60.0  # an attempt that takes longer has failed
 RANGE_BYTES = 8 << 20  # of a file, asked for at once: 140 kB/s are enough for it not to stall
 TRANSFER_S = 3600.0  # the same for a whole file; what stalls is ended sooner by the store's client
 _PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "hf": "huggingface_hub"}
+# What a file system answers that lacks a call: NFS and Lustre have no locks if they are mounted so,
+# and FUSE, CIFS and mounts of object stores may not sync folders.
+LACKING = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOLCK, errno.ENOTTY}
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)(?:[^/\s]*@)?([^\s?#]*)(?:[?#]\S*)?")
 
 
 class DataError(UserError):
     """A dataset, or a text to make one of, that cannot be used as asked."""
+
+
+class NoLocks(OSError):
+    """The file system has no locks."""
+
+
+_warned: set[tuple[str, int]] = set()  # what each file system lacks, by its device
+
+
+def warn_of_lack(folder: Path, what: str, error: OSError, risk: str) -> None:
+    """Print, once for a file system and on one rank, what it lacks and which promise is weaker."""
+    with suppress(OSError):
+        lack = (what, folder.stat().st_dev)
+        if lack not in _warned and os.environ.get("RANK", "0") == "0":
+            said = f"warning: the file system of {folder} {what} ({error.strerror}): {risk}"
+            print(said, file=sys.stderr, flush=True)
+        _warned.add(lack)
 
 
 def is_address(name: str | Path) -> bool:
@@ -155,19 +178,35 @@ def read_range(address: str, start: int, end: int, size: int) -> bytes:
     return cast(bytes, remote(address, "cat_file", check=check, **options))
 
 
+def user_path(name: str | Path, option: str) -> Path:
+    """Return a path with a leading ``~`` expanded; ``option`` names it in the message.
+
+    Raises:
+        DataError: The user has no home folder.
+    """
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:
+        raise DataError(f"{option} = {name}: {error}; give the whole path") from error
+
+
 def cache_folder(cache_dir: str | Path | None = None) -> Path:
     """Return the folder for what can be made again; it exists and can be written.
 
     `cache_dir` if it is named, else $XDG_CACHE_HOME/fasttrain or ~/.cache/fasttrain, else
     fasttrain-<uid> in the folder for temporary files.
     """
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    choices = [Path(home, "fasttrain"), Path(tempfile.gettempdir(), f"fasttrain-{os.getuid()}")]
     if cache_dir is not None:
-        choices = [Path(cache_dir).expanduser()]
+        choices, mode = [user_path(cache_dir, "data.cache_dir")], 0o777
+    else:
+        choices, mode = [Path(tempfile.gettempdir(), f"fasttrain-{os.getuid()}")], 0o700
+        if not os.path.isabs(home := os.environ.get("XDG_CACHE_HOME", "")):
+            home = os.path.expanduser("~/.cache")
+        if os.path.isabs(home):  # "~" is left where the user has no home
+            choices.insert(0, Path(home, "fasttrain"))
     for folder in choices:
         with suppress(OSError):
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            folder.mkdir(mode=mode, parents=True, exist_ok=True)
             # In a shared folder for temporary files, a folder of that name may be somebody else's.
             if os.access(folder, os.W_OK) and (cache_dir or folder.stat().st_uid == os.getuid()):
                 return folder
@@ -176,17 +215,48 @@ def cache_folder(cache_dir: str | Path | None = None) -> Path:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file that a reader sees whole or not at all."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as out:
-        try:
+    """Write a file that a reader sees whole or not at all; its mode is what the umask leaves."""
+    part = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        with part.open("xb") as out:
             out.write(content)
             out.flush()
-            os.fsync(out.fileno())
-            os.chmod(out.name, 0o644)
-            os.replace(out.name, path)
-        except BaseException:
-            Path(out.name).unlink(missing_ok=True)
+            sync(out.fileno(), path)
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def sync(descriptor: int, path: Path) -> None:
+    """Have what was written to an open file, at ``path``, survive a power cut.
+
+    Where the file system cannot do that, a warning says so once.
+    """
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in LACKING:
             raise
+        risk = "a power cut may damage the newest ones"
+        warn_of_lack(path.parent, "cannot sync files", error, risk)
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names in a folder survive a power cut; where that is impossible, warn once."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return  # Windows opens no folder
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in {*LACKING, errno.EBADF, errno.EISDIR}:
+            raise
+        risk = "after a power cut the newest files may be missing"
+        warn_of_lack(folder, "cannot sync folders", error, risk)
 
 
 def sha256_of(path: Path) -> str:
@@ -200,14 +270,19 @@ def lock(path: Path, *, wait: bool = False) -> int:
 
     Raises:
         BlockingIOError: Another process has locked it, and `wait` is false.
-        OSError: The file system has no locks.
+        NoLocks: The file system has no locks. A warning has said so.
+        OSError: The file cannot be opened.
     """
     import fcntl  # Windows has none
 
     descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError:
+    except OSError as error:
         os.close(descriptor)
-        raise
+        if error.errno not in LACKING:
+            raise
+        risk = "nothing keeps two processes from writing there at once"
+        warn_of_lack(path.parent, "has no locks", error, risk)
+        raise NoLocks(error.errno, error.strerror) from error
     return descriptor

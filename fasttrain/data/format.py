@@ -68,7 +68,7 @@ def absent(path: str | Path, vocab_size: int | None) -> str | None:
 
     `vocab_size` is the model's vocabulary where it is known: the dataset must be in it.
     """
-    folder = Path(path).expanduser()
+    folder = store.user_path(path, "data.path")
     if is_address(path) or folder.is_dir():
         return None
     problem, new, text = "does not exist; make it", str(folder), "TEXT"
@@ -111,7 +111,9 @@ def open_dataset(
     for files without header, `end_of_text` for folders without `dataset.json`.
     """
     cache, at_address = store.cache_folder(cache_dir), is_address(path)
-    folder = fetch_description(str(path), cache) if at_address else Path(path).expanduser()
+    folder = (
+        fetch_description(str(path), cache) if at_address else store.user_path(path, "data.path")
+    )
     if split not in _SPLIT_IN_NAME:
         raise DataError(f'split must be "train" or "val", got {split!r}')
     if problem := absent(folder, vocab_size):

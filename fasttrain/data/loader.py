@@ -233,13 +233,18 @@ class Loader(contextlib.AbstractContextManager["Loader"], Iterator[Batch]):
         if self._over is not None:
             raise self._over
         begin, item = time.perf_counter(), None
+        waited_s, progress = 0.0, self._cache.progress if self._cache else 0
         while item is None:
-            before = self._cache.progress if self._cache else 0
             try:
-                item = self._ready.get(timeout=DEADLINE_S)
+                # In short waits: time in which the process was stopped counts as one of them.
+                item = self._ready.get(timeout=(pause_s := min(DEADLINE_S, 1.0)))
             except queue.Empty:
-                if self._cache and self._cache.progress > before:
-                    continue  # the network is slow, and does not hang
+                waited_s += pause_s
+                if self._cache and self._cache.progress > progress:
+                    # The network is slow, and does not hang.
+                    waited_s, progress = 0.0, self._cache.progress
+                if waited_s < DEADLINE_S:
+                    continue
                 file = self.dataset.reading or "the dataset"
                 item = DataError(
                     f"{file}: reading a batch has taken {DEADLINE_S:g} s; the disk or network "

@@ -11,17 +11,30 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
 from fasttrain.data.dataset import HEADER_BYTES, Array, Shard, ShardInfo, dtype_for
-from fasttrain.data.files import RANGE_BYTES, DataError, lock, read_range, shown
+from fasttrain.data.files import RANGE_BYTES, DataError, NoLocks, lock, read_range, shown
 
 FETCHERS = 8  # threads that fetch ahead, each a file
 ATTEMPTS = 3  # to get the right bytes, and to open a file before another one takes its room
+STALE_S = 3600.0  # without locks, a file that was not written to for so long is no longer fetched
 T = TypeVar("T")
+
+
+@contextmanager
+def _held(path: Path) -> Iterator[bool]:
+    """Hold a lock of the cache in this block; False: the file system has no locks."""
+    try:
+        descriptor = lock(path, wait=True)
+    except NoLocks:
+        yield False
+        return
+    with open(descriptor):
+        yield True
 
 
 def beside(address: str, name: str) -> str:
@@ -51,14 +64,18 @@ class ShardCache:
         """Make a file of so many bytes, and room for it; False: what others fetch has the room."""
 
         def may_go(path: Path) -> bool:
-            if path.suffix == ".part" and path.stem[:2] != part.stem[:2]:  # ours nobody else writes
+            if path.suffix != ".part":
+                return path.suffix != ""
+            if not locked:
+                return time.time() - found[path].st_mtime > STALE_S
+            if path.stem[:2] != part.stem[:2]:  # ours nobody else writes
                 with suppress(BlockingIOError):
                     os.close(lock(self.folder / f"lock-{path.stem[:2]}"))
                     return True  # what wrote it was killed
                 return False
-            return path.suffix != ""
+            return True
 
-        with open(lock(self.folder / "lock", wait=True)):
+        with _held(self.folder / "lock") as locked:
             uses = {shard.sha256: n for n, shard in enumerate(self._coming)}
             found = {path: path.stat() for path in self.folder.iterdir()}
             excess = sum(kept.st_size for kept in found.values()) + n_bytes - self.limit
@@ -139,17 +156,20 @@ class RemoteFile:
                 return use()
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                with open(lock(folder / f"lock-{self.sha256[:2]}", wait=True)):
+                with _held(folder / f"lock-{self.sha256[:2]}") as locked:
                     with suppress(DataError):
                         return use()  # meanwhile another thread or process has fetched it
-                    self._fetch()
+                    self._fetch(alone=locked)
             except OSError as error:
                 remedy = "free some space, lower data.cache_gib or set another data.cache_dir"
                 raise DataError(f"{folder}: {error.strerror}; {remedy}") from error
         return use()
 
-    def _fetch(self) -> None:
+    def _fetch(self, *, alone: bool) -> None:
+        """Fetch the file; unless ``alone``, others may fetch it too, and write files of theirs."""
         part, full = self.path.with_suffix(".part"), self.cache.folder / "lock"
+        if not alone:
+            part = part.with_stem(f"{part.stem}.{os.getpid()}-{threading.get_native_id()}")
         while not self.cache.reserve(part, self.n_bytes):
             time.sleep(0.02)
         try:
@@ -158,10 +178,10 @@ class RemoteFile:
                     end = min(start + RANGE_BYTES, self.n_bytes)
                     out.write(read_range(self.address, start, end, self.n_bytes))
                     self.cache.progress += 1
-            with open(lock(full, wait=True)):  # held to count files
+            with _held(full):  # held to count files
                 os.replace(part, self.path)
         finally:
-            with open(lock(full, wait=True)):
+            with _held(full):
                 part.unlink(missing_ok=True)
 
 

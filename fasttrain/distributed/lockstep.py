@@ -19,8 +19,24 @@ from fasttrain.distributed.world import World
 
 PR_SET_PDEATHSIG = 1  # of prctl(2)
 LISTEN_EVERY_S = 0.5
+_LONGEST_PAUSE_S = 2.0  # between two looks of a process that runs
+# How long a job may be suspended: the timeouts of process groups, which count that time.
+SUSPENDED_S = 7 * 86_400.0
 AT_SAME_STEP_S = 60.0  # for the slowest rank to reach where it may be saved
 _CALL, _STEP = "stop", "saves step of"
+
+
+class Patience:
+    """How long this process waits for others; time in which it was stopped does not count."""
+
+    def __init__(self, seconds: float) -> None:
+        self._left_s, self._then = seconds, time.monotonic()
+
+    def is_over(self) -> bool:
+        """Return whether the time is over; to be asked every second, or more often."""
+        before, self._then = self._then, time.monotonic()
+        self._left_s -= min(self._then - before, _LONGEST_PAUSE_S)
+        return self._left_s < 0
 
 
 def die_with_parent() -> None:
@@ -48,14 +64,14 @@ def differing_step(world: World, step: int) -> str | None:
 
     Once a process, from any thread: collectives belong to the training thread.
     """
-    store, deadline = world.store, time.monotonic() + AT_SAME_STEP_S
+    store, patience = world.store, Patience(AT_SAME_STEP_S)
     if store is None:
         return None
     try:
         store.set(f"{_STEP} {world.rank}", str(step))
         for rank in range(world.size):
             while not store.check([f"{_STEP} {rank}"]):
-                if time.monotonic() > deadline:
+                if patience.is_over():
                     return f"rank {rank} did not come to an end within {AT_SAME_STEP_S:g} s"
                 time.sleep(0.02)
             if (other := int(store.get(f"{_STEP} {rank}"))) != step:
@@ -104,7 +120,8 @@ class Lockstep:
         self.stop = self.time_over = False
         self.stopped_by = 0
         self.timeout_s = self.allowed_s = timeout_s
-        self.deadline = math.inf
+        self.deadline = math.inf  # on the clock that is below
+        self._awake_s = 0.0  # how long the watchdog has run: a stopped process has no time
         self._world = world
         self._pending: tuple[Tensor, dist.Work | None] = torch.tensor(0), None
         if world.size > 1:
@@ -127,11 +144,16 @@ class Lockstep:
     def beat(self, timeout_s: float | None = None) -> None:
         """Note progress; the next is due in ``timeout_s`` (None: as set)."""
         self.allowed_s = timeout_s or self.timeout_s
-        self.deadline = time.monotonic() + self.allowed_s
+        self.deadline = self._awake_s + self.allowed_s
 
     def _watch(self) -> None:
-        while time.monotonic() <= self.deadline:
-            time.sleep(min(self.timeout_s / 10, 1.0))
+        # A job that is suspended, as by SIGSTOP or a laptop that sleeps, goes on when it wakes. A
+        # rank that is stopped alone is found by the others.
+        pause_s, then = min(self.timeout_s / 10, 1.0), time.monotonic()
+        while self._awake_s <= self.deadline:
+            time.sleep(pause_s)
+            before, then = then, time.monotonic()
+            self._awake_s += min(then - before, 2 * pause_s)
         message = (
             f"rank {self._world.rank}: no step has ended for {self.allowed_s:g} s "
             "(distributed.timeout_s; before the first step distributed.init_timeout_s): this rank "

@@ -31,6 +31,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
 from fasttrain.config import DistributedConfig, TrainConfig, UserError, show
+from fasttrain.distributed import launch
 
 # What DDP may take of a device: parameters, gradients, reduction buckets and two moments, fp32. The
 # rest is left to activations and the allocator.
@@ -61,6 +62,7 @@ class World:
     local_size: int = 1  # on this node
     mode: str = "single"  # single | ddp | fsdp | hsdp; auto until `choose_mode`
     why: str = ""  # of the mode, in words
+    launcher: str = "torchrun"  # what started the processes
     mesh: DeviceMesh | None = None  # these three: None for single
     control: dist.ProcessGroup | None = None  # the group on the hosts
     store: Store | None = None  # names and values that all ranks see
@@ -88,7 +90,8 @@ class World:
         if self.local_rank >= n:
             raise UserError(
                 f"rank {self.rank} is number {self.local_rank} on its node, which has {n} CUDA "
-                f"devices; start torchrun with --nproc-per-node {n} at most"
+                f"devices; start torchrun with --nproc-per-node {n} at most (with srun: give each "
+                "task all GPUs of its node, --gpu-bind=none)"
             )
         return torch.device("cuda", self.local_rank)
 
@@ -230,8 +233,11 @@ def _told(value: Any) -> str:
 def start(config: DistributedConfig, device: torch.device) -> tuple[World, torch.device]:
     """Join the processes that torchrun started, if any; return them and this rank's own device.
 
+    Those that srun or mpirun started join as well: see `launch.adopt`.
+
     Raises UserError if they did not find each other in ``distributed.init_timeout_s``.
     """
+    launcher = launch.adopt() or "torchrun"
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return World(), device
     try:
@@ -241,6 +247,7 @@ def start(config: DistributedConfig, device: torch.device) -> tuple[World, torch
             size=int(os.environ["WORLD_SIZE"]),
             local_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
             mode="auto",
+            launcher=launcher,
         )
     except (KeyError, ValueError) as error:
         raise UserError(

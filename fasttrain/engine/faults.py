@@ -195,7 +195,8 @@ class Recovery:
             return
         kept = self.saver.kept(before=self._alike_at + 1)
         remedy = (
-            f"the newest checkpoint from before is {kept[0]}, go on with --resume {kept[0]}"
+            f"the newest checkpoint from before is {kept[0]}, go on with --resume {kept[0]} "
+            "--overwrite"
             if kept
             else "no checkpoint from before is left; begin anew, with checkpoint.every_steps and "
             "checkpoint.keep_last such that they reach back over distributed.check_every_steps"

@@ -20,7 +20,7 @@ from fasttrain.config import TrainConfig
 from fasttrain.data.dataset import TokenDataset
 from fasttrain.data.loader import Loader
 from fasttrain.device import resolve_device
-from fasttrain.distributed.lockstep import Lockstep, call_ranks
+from fasttrain.distributed.lockstep import SUSPENDED_S, Lockstep, call_ranks
 from fasttrain.distributed.sharding import evaluating
 from fasttrain.distributed.world import World
 from fasttrain.engine.evaluation import evaluate
@@ -113,6 +113,7 @@ class Trainer:
                 return self._train()
             finally:
                 self.lockstep.deadline = math.inf  # nothing is due any more
+                self.world.set_timeout(1.5 * self.config.distributed.timeout_s + 1)
                 gc.unfreeze()
                 gc.enable()
 
@@ -145,6 +146,8 @@ class Trainer:
             self._after_step(self._finished())
             self.saver.save_once()  # or the next session would make up for it once more
         self.lockstep.beat(config.distributed.init_timeout_s)
+        # The watchdog ends an endless collective; a timeout would count time of a suspended job.
+        self.world.set_timeout(SUSPENDED_S)
         check_every = config.distributed.check_every_steps
         if check_every:
             self.recovery.check_copies()
@@ -171,9 +174,6 @@ class Trainer:
                 continue
             if state.first_step_s is None:
                 self._synchronize()
-                # The ranks, which compiled, came to its collectives minutes apart. From now on an
-                # endless one is an error; the watchdog, whose message says more, comes first.
-                self.world.set_timeout(1.5 * config.distributed.timeout_s + 1)
                 state.first_step_s = time.perf_counter() - started_s
                 if cache := compile_cache_use():
                     took = f"first step after {state.first_step_s:.1f} s"

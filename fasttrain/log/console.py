@@ -148,7 +148,8 @@ class Console:
     """
 
     def __init__(self, log_file: Path) -> None:
-        self._rich = RichConsole(force_terminal=sys.stdout.isatty())
+        has_terminal = sys.stdout is not None and sys.stdout.isatty()
+        self._rich = RichConsole(force_terminal=has_terminal)
         self.interactive = self._rich.is_interactive  # a terminal that is not dumb
         self._bar = Live(console=self._rich, auto_refresh=False, transient=True)
         self._redraw_s = 0.0  # when the bar may be drawn anew

@@ -38,6 +38,8 @@ def train_to_end(trainer: Trainer, folder: RunFolder, started: float) -> int:
         if folder.console:
             wall_s = time.perf_counter() - started
             show_end(folder.console, trainer, folder.path, outcome, wall_s, before)
+            if outcome == "done":
+                folder.end_record()
         if outcome == "stopped":
             return EXIT_STOPPED
         return EXIT_DONE if trainer.saver.saved_at == state.step else EXIT_FAILED
@@ -140,13 +142,16 @@ def show_start(folder: RunFolder, trainer: Trainer) -> None:
     # On what, and for how long
     train, model = trainer.train_loader.dataset, cast(Transformer, step.model)
     plan = RunPlan(config, model, train, trainer.val_dataset, world.size)
-    rows = [("ranks", f"{world.size} · {world.mode}: {world.why}")] if world.size > 1 else []
+    by = "" if world.launcher == "torchrun" else f", started by {world.launcher}"
+    rows = [("ranks", f"{world.size}{by} · {world.mode}: {world.why}")] if world.size > 1 else []
     rows += [
         ("device", f"{name} · {step.precision.name} · {compiled}"),
         *describe(plan).items(),
         ("optimizer", f"{config.optim.name}, lr {config.optim.peak_lr:g}, {config.schedule.name}"),
         ("folder", str(folder.path)),
     ]
+    if folder.origin is not None:
+        rows.append(("branch of", f"{folder.origin} at step {state.step:,}"))
     if folder.source is not None:
         left = "" if state.step != state.total_steps else ": nothing is left to train"
         rows.append(("resumed", f"{folder.source} at step {state.step:,}{left}"))
@@ -182,5 +187,6 @@ def show_end(
         command = f"python -m fasttrain.generate {shlex.quote(str(run_dir))}"
         rows.append(("generate", f"{command} --prompt={shlex.quote(prompt)}{tokenizer}"))
     else:
-        rows.append(("resume", "the same command with --resume auto"))
+        named = shlex.quote(str(run_dir))
+        rows.append(("resume", f"the same command with --resume auto, or --resume {named}"))
     console.panel(outcome, rows, "green")

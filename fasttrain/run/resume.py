@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fasttrain.checkpoint import Checkpoint, check_model
-from fasttrain.config import TrainConfig, UserError, counted, misfit
+from fasttrain.config import TrainConfig, UserError, config_difference, counted, misfit
 from fasttrain.distributed.world import facts_by_name
 from fasttrain.engine.schedule import lr_at
 from fasttrain.engine.state import RunState
@@ -80,6 +80,19 @@ def check_resumable(
     return [*state.get("history", []), *(when | change for change in shown)]
 
 
+def same_settings(config: TrainConfig, saved: TrainConfig, allow_change: Sequence[str]) -> bool:
+    """Return whether a saved run has the settings of ``config``, but for those that may differ.
+
+    What ``config`` leaves open, as ``train.micro_batch = "auto"`` does, fits any value.
+    """
+    left_open = ("model.vocab_size", "schedule.decay_start_step", "train.micro_batch")
+    harmless = (*MAY_CHANGE, *MAY_CHANGE_IF_UNUSED, *allow_change)
+    return all(
+        key.startswith(harmless) or (key in left_open and ours in (None, "auto"))
+        for key, ours, _ in config_difference(config, saved)
+    )
+
+
 def made_otherwise(state: dict[str, Any], made_by: Mapping[str, Any], *, exact: bool) -> str | None:
     """Return a warning where a resumed run may not have the bits of one never stopped.
 
@@ -106,22 +119,30 @@ def made_otherwise(state: dict[str, Any], made_by: Mapping[str, Any], *, exact: 
 
 
 def lr_jump(source: Checkpoint, config: TrainConfig, total_steps: int | None) -> str | None:
-    """Return a warning where another horizon makes the learning rate jump at the next step."""
-    state, peak = source.state, config.optim.peak_lr
-    named = source.config.schedule != config.schedule or source.config.optim.peak_lr != peak
-    if named or total_steps is None or state["total_steps"] is None:
+    """Return a warning where other settings make the learning rate jump at the next step."""
+    state, peak, peak_then = source.state, config.optim.peak_lr, source.config.optim.peak_lr
+    if total_steps is None or state["total_steps"] is None:
         return None
-    totals = (state["total_steps"], total_steps)
-    old, new = (lr_at(state["step"], total, config.schedule, peak) for total in totals)
-    if abs(new - old) <= LR_JUMP * peak:
+    step, total_then = state["step"], state["total_steps"]
+    new = lr_at(step, total_steps, config.schedule, peak)
+    named = source.config.schedule != config.schedule or peak_then != peak
+    if named:
+        # A change of the rate by name is meant; what is not is that a decay is undone.
+        old = lr_at(step, total_then, source.config.schedule, peak_then)
+        least = min(new - old, (new / peak - old / peak_then) * peak_then)
+        jumps = least > LR_JUMP * peak_then
+    else:
+        old = lr_at(step, total_then, config.schedule, peak)
+        jumps = abs(new - old) > LR_JUMP * peak
+    if not jumps:
         return None
-    key = "lr" if config.optim.muon_lr is None else "muon_lr"
+    longer = f"with {counted(total_steps, 'step')} in place of {total_then:,} "
     return (
-        f"with {counted(total_steps, 'step')} in place of {state['total_steps']:,} the learning "
-        f"rate of step {state['step'] + 1:,} is {new:.3g}, and was to be {old:.3g}: the "
+        f"{longer if total_steps != total_then else ''}the learning "
+        f"rate of step {step + 1:,} is {new:.3g}, and was to be {old:.3g}: the "
         "loss will jump too; better: a new run with --decay-from CHECKPOINT, one from before the "
         "decay, or a low rate to the end: schedule.name=constant "
-        f"optim.{key}=… and --allow-change for both"
+        "optim.lr=… and --allow-change for both"
     )
 
 
@@ -143,27 +164,27 @@ def _short(value: Any) -> str:
     return f"{text[:12]}…" if is_hash else text[:200]
 
 
-# Keys in which a branch may differ from its source: how long it is and how it decays.
-BRANCH_MAY_CHANGE = (
+# Keys in which a decaying branch may differ from its parent: how long it is and how it decays.
+DECAY_MAY_CHANGE = (
     *("train.steps", "train.epochs", "train.tokens", "train.hours", "schedule.name"),
     *("schedule.min_lr", "schedule.decay_fraction", "schedule.decay_start_step"),
 )
 
 
-def settle_decay(config: TrainConfig, source: Checkpoint, *, branches: bool) -> TrainConfig:
-    """Return the config with the step where its decay begins: where it ``branches``, or as set."""
+def settle_decay(config: TrainConfig, source: Checkpoint, *, decays: bool) -> TrainConfig:
+    """Return the config with the step where its decay begins: at ``source``, or as set."""
     schedule = config.schedule
-    if branches and schedule.name != "wsd":
+    if decays and schedule.name != "wsd":
         raise UserError(
             f"--decay-from: schedule.name = {schedule.name} has no decay of its own; set "
             "schedule.name=wsd"
         )
-    begun = source.step if branches else schedule.decay_start_step
+    begun = source.step if decays else schedule.decay_start_step
     begun = source.config.schedule.decay_start_step if begun is None else begun
     return replace(config, schedule=replace(schedule, decay_start_step=begun))
 
 
-def begin_branch(state: RunState, config: TrainConfig, source: Path) -> None:
+def begin_decay(state: RunState, config: TrainConfig, source: Path) -> None:
     """Make the state restored from ``source`` that of a new run, without its time and losses."""
     if config.train.hours is not None:
         state.total_steps = None  # to be measured: not what the other run's hours came to

@@ -49,27 +49,27 @@ def run(
     stop_at_step: int | None = None,
     allow_change: Sequence[str] = (),
     decay_from: str | None = None,
+    config_path: Path | None = None,
+    overwrite: bool = False,
 ) -> int:
     """Train as ``config`` says and return the exit status.
 
-    For ``name`` and ``resume`` see `RunFolder`. ``allow_change`` names keys that may differ from
-    the resumed run's, beyond those that change no number. ``decay_from`` is a run or checkpoint
-    folder: a new run continues from there, decaying.
+    For ``name``, ``resume``, ``config_path`` and ``overwrite`` see `RunFolder`. ``allow_change``
+    names keys that may differ from the resumed run's, beyond those that change no number.
+    ``decay_from`` is a run or checkpoint folder: a new run continues from there, decaying.
 
     Raises:
         UserError: something is missing or does not fit; nothing was overwritten.
         KeyboardInterrupt: a signal came before the first step; nothing was overwritten.
     """
-    started, branch_of = time.perf_counter(), None
+    started = time.perf_counter()
     folder: RunFolder | None = None
     try:
-        if decay_from is not None:
-            if resume not in (None, "auto"):
-                raise UserError(
-                    f"--decay-from begins a new run, and --resume {resume} goes on with another; "
-                    "leave one out (--resume auto goes on with the new run once it was saved)"
-                )
-            branch_of = checkpoint.resolve(Path(decay_from))
+        if decay_from is not None and resume not in (None, "auto"):
+            raise UserError(
+                f"--decay-from begins a new run, and --resume {resume} goes on with another; "
+                "leave one out (--resume auto goes on with the new run once it was saved)"
+            )
         if config.run.deterministic:
             make_deterministic()
         with interruptible():
@@ -82,8 +82,18 @@ def run(
                 spare_compiler()
             check_packages(config)
             # The run
-            folder = RunFolder(config, name, resume, world)
-            trainer = _build(config, world, device, folder, allow_change, branch_of, stop_at_step)
+            folder = RunFolder(
+                config,
+                name,
+                resume,
+                world,
+                config_path=config_path,
+                decay_from=Path(decay_from) if decay_from is not None else None,
+                allow_change=allow_change,
+                overwrite=overwrite,
+            )
+            config = folder.settled(config)
+            trainer = _build(config, world, device, folder, allow_change, stop_at_step)
             if stop_at_step is not None:
                 if stop_at_step <= (step := trainer.state.step):
                     problem = f"the run is at step {step}; name a later step"
@@ -142,15 +152,14 @@ def _build(
     device: torch.device,
     folder: RunFolder,
     allow_change: Sequence[str],
-    branch_of: Path | None,
     stop_at_step: int | None,
 ) -> Trainer:
     run_dir, source = folder.path, None  # the checkpoint that is continued; its files are mapped
     with world.failing_together():
-        if path := folder.source or branch_of:
-            source, branches = checkpoint.parse(path), folder.source is None
-            config = resuming.settle_decay(config, source, branches=branches)
-            allow_change = [*allow_change, *(resuming.BRANCH_MAY_CHANGE if branches else ())]
+        if path := folder.source or folder.origin:
+            source = checkpoint.parse(path)
+            config = resuming.settle_decay(config, source, decays=folder.decays)
+            allow_change = [*allow_change, *(resuming.DECAY_MAY_CHANGE if folder.decays else ())]
     # The data; if there are none yet, the first rank of each node builds them.
     for first_of_node in (True, False):
         with world.failing_together():
@@ -187,6 +196,10 @@ def _build(
             threads = torch.get_num_threads() if device.type == "cpu" else None
             other = {"threads": threads, "run.compile": resolve_compile(config, device)}
             recorded |= {"provenance": made_by, "torch": made_by["torch"], **other}
+            lineage = state.get("lineage", [])
+            if source is not None and folder.origin is not None:
+                lineage = [*lineage, folder.parent(source.step)]
+            recorded |= {"lineage": lineage} if lineage else {}
             exact = source is None or device.type == "cpu" or config.run.deterministic
             if said := resuming.made_otherwise(state, made_by | other, exact=exact):
                 folder.warn(said)
@@ -243,19 +256,22 @@ def _build(
     if source is not None:
         try:
             trainer.saver.load(source.path)
+            if folder.decays:
+                resuming.begin_decay(trainer.state, config, source.path)
             if folder.source is None:
-                resuming.begin_branch(trainer.state, config, source.path)
-                trainer.saver.saved_at = None
+                trainer.saver.saved_at = None  # in this folder
         except UserError:
             trainer.close()
             raise
-        jump = folder.source and resuming.lr_jump(source, config, trainer.state.total_steps)
-        if world.leads and jump:
+        jump = resuming.lr_jump(source, config, trainer.state.total_steps)
+        if world.leads and jump and not folder.decays:
             folder.warn(jump)
     elif not folder.new:  # what a run that was never saved has left
         trainer.reporter.drop_after(0)
     if world.leads:
+        folder.drop_newer()
         (run_dir / "config.toml").write_text(config_to_toml(config, redact), encoding="utf-8")
+        folder.begin_record(trainer.state.step)
     return trainer
 
 

@@ -288,8 +288,7 @@ def test_R24_F17_moments_of_every_optimizer_are_checked(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     command = [str(stopped / "toy.toml"), "run.name=a", "model.n_layers=1", f"optim.name={name}"]
-    command += ["optim.muon_lr=1e-3"] if name == "muon" else ["optim.lr=1e-3"]
-    command += ["model.positions=learned", "model.norm=layer", "model.bias=true"]
+    command += ["optim.lr=1e-3", "model.positions=learned", "model.norm=layer", "model.bias=true"]
     assert main([*command, "--stop-at-step", "2"]) == 75
     file = STEP / "optimizer.safetensors"
     whole = load_file(file)

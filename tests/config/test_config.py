@@ -305,6 +305,14 @@ def test_N20_configs_of_before_mean_what_they_did(tmp_path):
     path.write_text(old.format(150, "adamw", 17.0))
     with pytest.raises(ConfigError, match=r"optim\.embedding_lr_scale is not.*muon_embedding_lr_s"):
         load_config(path)
+    # The rate with Muon had a key of its own, which no other optimizer read.
+    two = '[train]\nsteps = 1\n[optim]\nname = "{}"\nlr = 3e-3\nmuon_lr = 8e-3\n'
+    for name, rate in (("muon", 8e-3), ("adamw", 3e-3)):
+        path.write_text(two.format(name))
+        assert load_config(path).optim.lr == rate
+        assert config_from_dict(tomllib.loads(path.read_text())).optim.lr == rate
+    assert load_config(path, ["optim.name=muon"]).optim.lr == 8e-3
+    assert load_config(path, ["optim.name=muon", "optim.lr=1e-4"]).optim.lr == 1e-4
     path.write_text(old.format('"long"', "muon", 1.0))
     with pytest.raises(ConfigError, match=r"data\.seq_len = "):
         load_config(path)
@@ -342,7 +350,9 @@ def test_help_and_reference_have_every_key_once():
     table = config_reference().splitlines()
     assert len(table) == len(KEYS) + 2
     assert {row.count("|") for row in table} == {5}
-    assert "| `optim.lr` | a number > 0 | `0.001` | peak learning rate |" in table
+    assert "| `train.max_rollbacks` | an integer ≥ 0 | `3` | maximum number of rollbacks" in (
+        config_reference()
+    )
     for section, section_class in SECTIONS.items():
         block = help_text().split(f"[{section}]")[1].split("\n\n")[0]
         keys = [line for line in block.splitlines() if re.match(r"  \w+ = ", line)]
@@ -445,3 +455,25 @@ print(len(sys.modules))
     message, n_modules = done.stdout.splitlines()
     assert message == "bad.toml: model.dmi is not a config key; did you mean model.dim?"
     assert int(n_modules) < 180, "starting is as fast as what it imports lets it be"
+
+
+def test_one_key_is_the_peak_rate_of_every_optimizer_and_an_older_one_names_it(tmp_path):
+    path = tmp_path / "c.toml"
+    path.write_text("[train]\nsteps = 1\n[optim]\nlr = 3e-3\n")
+    with pytest.raises(ConfigError, match=r"optim\.muon_lr is not .*; did you mean optim\.lr\?"):
+        load_config(path, ["optim.muon_lr=1e-4"])
+    path.write_text("[train]\nsteps = 1\n")
+    assert load_config(path).optim.lr == 1e-3
+    assert load_config(path, ["optim.name=muon"]).optim.lr == 8e-3
+    assert "lr = 0.008" in config_to_toml(load_config(path, ["optim.name=muon"]))
+
+
+def test_a_config_may_begin_with_a_byte_order_mark_and_utf16_is_named(tmp_path):
+    path = tmp_path / "c.toml"
+    text = "[train]\r\nsteps = 3\r\n"
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert load_config(path).train.steps == 3
+    for encoding in ("utf-16", "utf-16-le", "utf-16-be", "utf-32"):
+        path.write_bytes(text.encode(encoding))
+        with pytest.raises(ConfigError, match="is UTF-16 or UTF-32; save it as UTF-8"):
+            load_config(path)

@@ -188,8 +188,8 @@ def test_N20_any_one_key_of_base_toml_can_be_changed_alone(name: str) -> None:
 
 def test_N20_a_learning_rate_is_that_of_the_optimizer_of_base_toml() -> None:
     assert load_config(BASE, ["optim.lr=1e-4"]).optim.peak_lr == 1e-4
-    assert load_config(BASE, ["optim.muon_lr=1e-4"]).optim.peak_lr == 1e-4
-    assert load_config(BASE, ["optim.name=adamw"]).optim.peak_lr == load_config(BASE).optim.lr
+    assert load_config(BASE).optim.peak_lr == 8e-3
+    assert load_config(BASE, ["optim.name=adamw"]).optim.peak_lr == 1e-3
     given = ["optim.name=adamw", "optim.lr=1e-4"]
     assert load_config(BASE, given).optim.peak_lr == 1e-4
 

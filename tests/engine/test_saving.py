@@ -16,7 +16,7 @@ from fasttrain.distributed.world import World
 from fasttrain.engine import trainer
 from fasttrain.engine.state import rng_state
 from fasttrain.engine.trainer import HOURS_ESTIMATE_AT, Trainer
-from fasttrain.run.resume import begin_branch
+from fasttrain.run.resume import begin_decay
 from tests.support import toy_trainer
 from tests.support.faults import Faults
 
@@ -114,7 +114,7 @@ def test_R24_a_changed_number_of_hours_is_measured_anew(toy: Path) -> None:
         again = toy_trainer.resume(load_config(toy, [*hours, change]), path)
         assert again.state.total_steps == expected
     again = toy_trainer.resume(load_config(toy, hours), path)
-    begin_branch(again.state, again.config, path)
+    begin_decay(again.state, again.config, path)
     assert again.state.total_steps is None
 
 

@@ -18,7 +18,7 @@ from fasttrain.data.format import write_dataset_json
 from fasttrain.data.prepare.writer import ShardWriter
 from fasttrain.data.tokenizer import byte_tokenizer, end_of_text_id
 from fasttrain.run import run as session
-from fasttrain.run.folder import run_dir_of
+from fasttrain.run.folder import newest_run_dir
 from fasttrain.run.resume import check_resumable, made_otherwise
 from fasttrain.train import main
 from tests.support.faults import flip_bit
@@ -209,13 +209,13 @@ def test_N8_a_horizon_that_makes_the_learning_rate_jump_is_told(toy: Path, capsy
     assert "--decay-from CHECKPOINT" in shown
     assert "schedule.name=constant" in shown
     assert rows(toy.parent / "runs/toy")[-1]["lr"] == 0.003
-    muon = [*wsd, "run.name=muon", "optim.name=muon", "optim.muon_lr=0.02"]
+    muon = [*wsd, "run.name=muon", "optim.name=muon", "optim.lr=0.02"]
     assert main(muon) == 0
     capsys.readouterr()
     assert main([*muon, *longer[2:]]) == 0
     shown = capsys.readouterr().out
     assert "the learning rate of step 7 is 0.02, and was to be 0:" in shown
-    assert "schedule.name=constant optim.muon_lr=…" in shown
+    assert "schedule.name=constant optim.lr=…" in shown
     # There is no warning if nothing jumps, or if the rate itself was changed by name.
     small = ["train.steps=13", "--resume", "auto", "--allow-change", "train.steps"]
     assert main([*wsd[:2], *small, "--stop-at-step", "8"]) == 75
@@ -297,7 +297,7 @@ def test_N19_of_several_folders_the_last_that_was_saved_is_meant(
 
     def meant(name: str | None = None) -> str:
         overrides = [] if name is None else [f"run.name={name}"]
-        return run_dir_of(load_config(toy, overrides), "toy", "auto").name
+        return newest_run_dir(load_config(toy, overrides), "toy").name
 
     assert (meant(), meant("b")) == ("toy", "b")
     for name in ("toy", "toy-2", "toy-3"):

@@ -237,3 +237,32 @@ def test_a_browser_without_network_draws_every_curve(tmp_path: Path) -> None:
     assert "</b> data wait" in whole, "so are the parts of a step's time"
     assert chosen.count(">FLOPs</text>") == 7
     assert 'class="trace scatter' not in chosen, "the run was unticked"
+
+
+def test_a_branch_is_drawn_with_what_its_parents_logged_before_it(tmp_path: Path) -> None:
+    make_run(tmp_path / "base")
+    branch, last = make_run(tmp_path / "fork"), make_run(tmp_path / "last")
+    for folder, parent, step in ((branch, "base", 10), (last, "fork", 20)):
+        log = folder / "metrics.jsonl"
+        source = f"gone/{parent}/checkpoints/step-{step:08d}"
+        lines = log.read_text().splitlines(keepends=True)
+        if folder is branch:
+            lines = [line for line in lines if '"step": 20' in line]
+        head = json.dumps({"kind": "run", "step": step, "parent": source})
+        log.write_text("".join([head + "\n", *lines]))
+    run = read_run(branch)
+    assert [row["step"] for row in run.before] == [1, 10]
+    assert run.parent == "base at step 10"
+    assert facts(run, 1)["branch of"] == "base at step 10"
+    assert "base at step 10" in page([run])
+    names = [curve.name for curve in panels([run])[0].curves]
+    assert names == ["parent", "", "smoothed", "validation"]
+    # Time counts from where the branch began.
+    assert run.train[-1]["minutes"] == pytest.approx(0.1 * 10 / 60)
+    assert [row["step"] for row in read_run(last).before] == [1, 10, 20]
+    # A run that claims to be its own parent, or whose parent is gone, is drawn alone.
+    for parent in ("fork", "nowhere"):
+        log = branch / "metrics.jsonl"
+        log.write_text(log.read_text().replace("gone/base/", f"gone/{parent}/"))
+        assert read_run(branch).before == []
+    assert main([str(branch)]) == 0

@@ -178,7 +178,7 @@ class Partial:
                 stack.callback(os.close, store.lock(self.folder / "lock"))
             except BlockingIOError:
                 raise DataError(f"{self.out}: another process is preparing it; wait") from None
-            except OSError:  # a file system without locks
+            except store.NoLocks:
                 pass
             if self._progress.exists() and resume:
                 left = read_json(self._progress, ANEW, DataError)
@@ -213,10 +213,9 @@ class Partial:
     def publish(self) -> None:
         """Give the finished dataset its name."""
         write_atomically(self.dataset / PREPARED_JSON, json.dumps(self.asked).encode())
-        os.chmod(self.dataset, 0o755)
-        _sync(self.dataset)
+        store.sync_folder(self.dataset)
         os.rename(self.dataset, self.out)
-        _sync(self.out.parent)
+        store.sync_folder(self.out.parent)
         self.state = {}
 
 
@@ -366,9 +365,9 @@ def _facts(asked: Asked) -> dict[str, Any]:
 
 
 def _sync(path: Path) -> None:
-    """Make a file, or the names in a folder, survive a power cut."""
+    """Have a file survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        store.sync(descriptor, path)
     finally:
         os.close(descriptor)

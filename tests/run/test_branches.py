@@ -1,0 +1,298 @@
+"""Runs that branch off others (R35), and which run ``--resume auto`` means."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from fasttrain import checkpoint
+from fasttrain.checkpoint.__main__ import main as checkpoint_main
+from fasttrain.config import load_config
+from fasttrain.run.record import read_record
+from fasttrain.train import main
+from tests.support.faults import flip_bit
+from tests.support.toy_trainer import rows
+
+Capture = pytest.CaptureFixture[str]
+KEYS = ["checkpoint.every_steps=4", "train.steps=8", "model.dropout=0.1"]
+OLDER = "runs/parent/checkpoints/step-00000004"
+
+
+def contents(run_dir: Path) -> dict[str, str]:
+    """Return the SHA-256 of every file of a run, by its path."""
+    files = (path for path in run_dir.rglob("*") if path.is_file())
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(files)}
+
+
+def names() -> list[str]:
+    return sorted(path.name for path in Path("runs").iterdir())
+
+
+@pytest.fixture
+def parent(toy: Path) -> Path:
+    """A run that has ended, with checkpoints of steps 4 and 8."""
+    assert main([str(toy), *KEYS, "run.name=parent"]) == 0
+    return Path("runs/parent")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "branch"),
+    [
+        (["run.name=fork", "--resume", OLDER], "fork"),
+        (["run.name=fork", "--resume", "runs/parent"], "fork"),
+        (["run.name=parent", "--resume", OLDER], "parent-2"),
+        (["--resume", OLDER], "toy"),
+        (["run.name=fork", "--decay-from", OLDER, "schedule.name=wsd"], "fork"),
+    ],
+    ids=["older", "other name", "same name", "no name", "decay"],
+)
+def test_R35_a_branch_leaves_its_parent_as_it_is(
+    arguments: list[str], branch: str, toy: Path, parent: Path
+) -> None:
+    before = contents(parent)
+    changes = ["optim.lr=1e-3", "--allow-change", "optim.lr"]
+    changes += ["train.steps=10", "--allow-change", "train.steps"]
+    assert main([str(toy), *KEYS, *arguments, *changes]) == 0
+    assert contents(parent) == before
+    assert names() == sorted(["parent", branch])
+    run_dir = Path("runs") / branch
+    start = 8 if arguments[-1] == "runs/parent" else 4
+    assert [row["step"] for row in rows(run_dir)] == list(range(start + 1, 11))
+    record = read_record(run_dir)
+    assert record is not None
+    assert record["ended"]
+    assert record["parent"] is not None
+    assert record["parent"]["run"] == "runs/parent"
+    assert record["parent"]["checkpoint"] == f"step-{start:08d}"
+    assert record["parent"]["step"] == start
+    state = json.loads((run_dir / "checkpoints/step-00000010/state.json").read_text())
+    assert [p["run"] for p in state["lineage"]] == ["runs/parent"]
+    assert load_config(run_dir / "config.toml").run.name in (None, branch)
+    assert (run_dir / "tokenizer.json").is_file()
+
+
+def test_R35_a_branch_without_a_change_has_the_bits_of_its_parent(
+    toy: Path, parent: Path, capsys: Capture
+) -> None:
+    assert main([str(toy), *KEYS, "run.name=fork", "--resume", OLDER]) == 0
+    assert "runs/parent/checkpoints/step-00000004 at step 4" in capsys.readouterr().out
+    ends = [
+        checkpoint.load(run / "checkpoints/step-00000008") for run in (parent, Path("runs/fork"))
+    ]
+    assert ends[0].tensors.keys() == ends[1].tensors.keys()
+    assert all(ends[0].tensors[n].equal(t) for n, t in ends[1].tensors.items())
+    assert [row["loss"] for row in rows(Path("runs/fork"))] == [
+        row["loss"] for row in rows(parent) if row["step"] > 4
+    ]
+    # The lineage of a branch of the branch
+    assert main(["--resume", "runs/fork", "run.name=second"]) == 0
+    capsys.readouterr()
+    assert checkpoint_main(["runs/second"]) == 0
+    shown = capsys.readouterr().out
+    assert "branched off runs/parent at step 4" in shown
+    assert "branched off runs/fork at step 8" in shown
+
+
+def test_R35_the_newest_checkpoint_of_a_run_goes_on_in_its_folder(toy: Path) -> None:
+    command = [str(toy), *KEYS, "run.name=a"]
+    assert main([*command, "--stop-at-step", "4"]) == 75
+    newest = "runs/a/checkpoints/step-00000004"
+    assert main([*command, "--resume", newest, "--stop-at-step", "5"]) == 75
+    # Also where a newer one is damaged
+    assert main([*command, "--resume", "auto", "--stop-at-step", "6"]) == 75
+    flip_bit(Path("runs/a/checkpoints/step-00000006/model.safetensors"), 9999)
+    newest = "runs/a/checkpoints/step-00000005"
+    assert main([*command, "--resume", newest]) == 0
+    assert names() == ["a"]
+    assert [row["step"] for row in rows(Path("runs/a"))] == list(range(1, 9))
+
+
+def test_R35_overwrite_alone_drops_what_is_newer(toy: Path, parent: Path, capsys: Capture) -> None:
+    command = [str(toy), *KEYS, "--resume", OLDER, "--overwrite"]
+    before = contents(parent)
+    assert main([*command, "run.name=fork"]) == 2
+    assert "--overwrite drops what is newer in runs/parent, and run.name = fork" in (
+        capsys.readouterr().err
+    )
+    with pytest.raises(SystemExit):
+        main([str(toy), "--resume", "auto", "--overwrite"])
+    assert main([*command, "optim.lr=1e-4"]) == 2  # refused before anything is dropped
+    assert contents(parent) == before
+    assert main([*command, "--stop-at-step", "5"]) == 75
+    assert "--overwrite: runs/parent/checkpoints/step-00000008 is dropped" in (
+        capsys.readouterr().out
+    )
+    assert names() == ["parent"]
+    assert [row["step"] for row in rows(parent)] == [1, 2, 3, 4, 5]
+    assert {p.name for p in (parent / "checkpoints").iterdir()} >= {"step-00000005"}
+    assert not (parent / "checkpoints/step-00000008").exists()
+
+
+def test_R35_a_branch_of_a_taken_name_is_refused(toy: Path, parent: Path, capsys: Capture) -> None:
+    assert main([str(toy), *KEYS, "run.name=fork", "--stop-at-step", "2"]) == 75
+    before = contents(Path("runs"))
+    assert main([str(toy), *KEYS, "run.name=fork", "--resume", OLDER]) == 2
+    assert "runs/fork exists already; continue it with --resume auto" in capsys.readouterr().err
+    assert contents(Path("runs")) == before
+
+
+def test_R35_a_branch_that_was_cut_off_before_its_first_checkpoint_starts_from_its_parent(
+    toy: Path, parent: Path, capsys: Capture
+) -> None:
+    command = [str(toy), *KEYS, "run.name=fork"]
+    assert main([*command, "--resume", OLDER]) == 0
+    shutil.rmtree("runs/fork/checkpoints")
+    Path("runs/fork/metrics.jsonl").write_text("")
+    assert main([*command, "--resume", "auto"]) == 0
+    assert [row["step"] for row in rows(Path("runs/fork"))] == [5, 6, 7, 8]
+    shutil.rmtree("runs/fork/checkpoints")
+    Path("runs/fork/metrics.jsonl").write_text("")
+    shutil.rmtree(parent)
+    assert main([*command, "--resume", "auto"]) == 2
+    assert "step-00000004, which is gone" in capsys.readouterr().err
+
+
+def test_a_decaying_branch_needs_no_config(toy: Path) -> None:
+    wsd = ["schedule.name=wsd", "run.name=base", *KEYS]
+    assert main([str(toy), *wsd]) == 0
+    before = contents(Path("runs/base"))
+    source = "runs/base/checkpoints/step-00000004"
+    assert main(["train.steps=6", "--decay-from", source]) == 0
+    assert main(["train.steps=7", "run.name=longer", "--decay-from", source]) == 0
+    assert names() == ["base", "base-2", "longer"]
+    assert contents(Path("runs/base")) == before
+    assert [row["step"] for row in rows(Path("runs/base-2"))] == [5, 6]
+    assert rows(Path("runs/base-2"))[-1]["lr"] == 0
+    config = load_config("runs/base-2/config.toml")
+    assert (config.schedule.decay_start_step, config.run.name) == (4, "base-2")
+
+
+def test_a_job_that_decays_goes_on_with_its_branch_and_not_with_the_parent(toy: Path) -> None:
+    command = [str(toy), "schedule.name=wsd", *KEYS]
+    assert main([*command, "--stop-at-step", "4"]) == 75
+    job = [*command, "train.steps=6", "--decay-from", "runs/toy", "--resume", "auto"]
+    assert main([*job, "--stop-at-step", "5"]) == 75
+    assert names() == ["toy", "toy-2"]
+    assert main(job) == 0
+    assert [row["step"] for row in rows(Path("runs/toy-2"))] == [5, 6]
+    # And the parent's own job with the parent.
+    assert main([*command, "--resume", "auto"]) == 0
+    assert [row["step"] for row in rows(Path("runs/toy"))] == list(range(1, 9))
+    assert names() == ["toy", "toy-2"]
+
+
+def test_resume_auto_takes_the_newest_unfinished_run_whatever_was_removed(
+    toy: Path, capsys: Capture
+) -> None:
+    command = [str(toy), *KEYS]
+    assert main([*command, "train.steps=3"]) == 0
+    assert main([*command, "train.steps=3"]) == 0
+    shutil.rmtree("runs/toy")
+    # Numbers go on from the last one, also where an earlier one is free.
+    assert main([*command, "--stop-at-step", "2"]) == 75
+    assert names() == ["toy-2", "toy-3"]
+    Path("runs/toy-3").rename("runs/toy")  # as earlier versions numbered it
+    assert main([*command, "--resume", "auto", "--stop-at-step", "3"]) == 75
+    assert rows(Path("runs/toy"))[-1]["step"] == 3
+    capsys.readouterr()
+    assert main([*command, "--resume", "auto"]) == 0
+    assert "come to its end" not in capsys.readouterr().out
+    assert rows(Path("runs/toy"))[-1]["step"] == 8
+    assert main([*command, "--resume", "auto"]) == 0
+    shown = capsys.readouterr().out
+    assert "runs/toy has come to its end, and no run of this config is unfinished" in shown
+    assert names() == ["toy", "toy-2"]
+
+
+def test_resume_auto_passes_over_a_gap_in_the_numbers(toy: Path) -> None:
+    command = [str(toy), *KEYS]
+    for _ in range(2):
+        assert main([*command, "--stop-at-step", "2"]) == 75
+    shutil.rmtree("runs/toy")
+    assert main([*command, "--resume", "auto"]) == 0
+    assert names() == ["toy-2"]
+    assert rows(Path("runs/toy-2"))[-1]["step"] == 8
+
+
+def test_resume_auto_never_takes_another_configs_run(toy: Path) -> None:
+    other = toy.with_name("toy-2.toml")
+    other.write_text(toy.read_text().replace("dim = 32", "dim = 64"))
+    elsewhere = toy.parent / "other/toy.toml"
+    elsewhere.parent.mkdir()
+    elsewhere.write_text(other.read_text())
+    assert main([str(toy), *KEYS, "--stop-at-step", "2"]) == 75
+    assert main([str(other), *KEYS, "--stop-at-step", "2"]) == 75
+    assert names() == ["toy", "toy-2"]
+    assert main([str(toy), *KEYS, "--resume", "auto", "--stop-at-step", "3"]) == 75
+    assert main([str(other), *KEYS, "--resume", "auto", "--stop-at-step", "4"]) == 75
+    assert main([str(elsewhere), *KEYS, "--resume", "auto", "--stop-at-step", "1"]) == 75
+    assert {name: rows(Path("runs") / name)[-1]["step"] for name in names()} == {
+        "toy": 3,
+        "toy-2": 4,
+        "toy-3": 1,
+    }
+    # The second run of the first config passes over the folders of the others.
+    assert main([str(toy), *KEYS, "--stop-at-step", "1"]) == 75
+    assert names() == ["toy", "toy-2", "toy-3", "toy-4"]
+    # A config that was moved is the same.
+    moved = toy.parent / "moved/toy.toml"
+    moved.parent.mkdir()
+    toy.rename(moved)
+    assert main([str(moved), *KEYS, "--resume", "auto", "--stop-at-step", "2"]) == 75
+    assert rows(Path("runs/toy-4"))[-1]["step"] == 2
+
+
+def test_a_learning_rate_that_was_changed_undoes_a_decay_with_a_warning(
+    toy: Path, capsys: Capture
+) -> None:
+    assert main([str(toy), "train.steps=6"]) == 0
+    capsys.readouterr()
+    longer = ["train.steps=12", "optim.lr=2e-3", "--resume", "auto"]
+    allowed = ["--allow-change", "train.steps", "--allow-change", "optim.lr"]
+    assert main([str(toy), *longer, *allowed, "--stop-at-step", "7"]) == 75
+    assert "and was to be 0: the loss will jump too" in capsys.readouterr().out
+    # A rate that is doubled by name, and has not decayed, is meant.
+    constant = [str(toy), "run.name=b", "schedule.name=constant"]
+    assert main([*constant, "--stop-at-step", "4"]) == 75
+    capsys.readouterr()
+    assert main([*constant, "optim.lr=6e-3", "--resume", "auto", "--allow-change", "optim.lr"]) == 0
+    assert "will jump" not in capsys.readouterr().out
+
+
+def test_a_run_in_a_mirror_is_known_by_its_record(toy: Path) -> None:
+    command = [str(toy), *KEYS, f"checkpoint.mirror={toy.parent / 'm'}"]
+    assert main([*command, "--stop-at-step", "2"]) == 75
+    assert main([*command, "train.steps=3"]) == 0
+    shutil.rmtree("runs")
+    assert main([*command, "--resume", "auto"]) == 0
+    assert names() == ["toy"]
+    record = read_record(Path("runs/toy"))
+    assert record is not None
+    assert (record["config"], record["ended"]) == (str(toy), True)
+
+
+def test_R35_a_checkpoint_that_the_mirror_is_ahead_of_is_not_continued(
+    toy: Path, capsys: Capture
+) -> None:
+    command = [str(toy), *KEYS, "run.name=a", f"checkpoint.mirror={toy.parent / 'm'}"]
+    assert main([*command, "--stop-at-step", "2"]) == 75
+    shutil.copytree("runs", "old")
+    assert main([*command, "--resume", "auto", "--stop-at-step", "5"]) == 75
+    shutil.rmtree("runs")
+    shutil.copytree("old", "runs")
+    assert main([*command, "--resume", "runs/a/checkpoints/step-00000002"]) == 2
+    assert "held a newer checkpoint" in capsys.readouterr().err
+    shutil.rmtree("runs")
+    shutil.move("old", "runs")
+    assert main([*command, "--resume", "runs/a"]) == 0  # from the newest
+    assert [row["step"] for row in rows(Path("runs/a"))] == list(range(1, 9))
+
+
+def test_R35_a_run_in_a_mirror_is_not_renamed_by_its_address(toy: Path, capsys: Capture) -> None:
+    mirror = f"file://{toy.parent}/m"
+    command = [str(toy), *KEYS, "run.name=a", f"checkpoint.mirror={mirror}"]
+    assert main([*command, "--stop-at-step", "2"]) == 75
+    assert main(["--resume", f"{mirror}/a", "run.name=fork"]) == 2
+    assert "continues the run a, not run.name = fork; for a branch" in capsys.readouterr().err
