@@ -4,6 +4,7 @@ import hashlib
 import importlib
 import os
 import re
+import stat
 import tempfile
 import time
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from fasttrain.config import UserError
+from fasttrain.config.untrusted import open_own
 
 ATTEMPTS, PAUSE_S = 5, 1.0  # at an address; the pause doubles after each
 STALL_S = 60.0  # an attempt that takes longer has failed
@@ -122,6 +124,8 @@ def put(address: str, content: Path | bytes) -> None:
     part = address if fs.async_impl else f"{address}.part"  # object stores see to it themselves
     if part != address:  # and have no folders
         remote(address.rpartition("/")[0], "makedirs", exist_ok=True)
+    if "file" in fs.protocol:  # a link, which others may have put there, would be followed
+        Path(file_system(part)[1]).unlink(missing_ok=True)
     if isinstance(content, bytes):
         remote(part, "pipe_file", content)
     else:
@@ -169,10 +173,25 @@ def cache_folder(cache_dir: str | Path | None = None) -> Path:
         with suppress(OSError):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             # In a shared folder for temporary files, a folder of that name may be somebody else's.
-            if os.access(folder, os.W_OK) and (cache_dir or folder.stat().st_uid == os.getuid()):
+            if os.access(folder, os.W_OK) and (cache_dir or _is_own(folder)):
                 return folder
     tried, remedy = " and ".join(map(str, choices)), "name a writable one with data.cache_dir"
     raise DataError(f"no folder to cache in ({tried} cannot be written); {remedy}")
+
+
+def _is_own(folder: Path) -> bool:
+    """Return whether a folder belongs to this user, and what leads to it is no link of another."""
+    status, link = folder.stat(), folder.lstat()
+    return status.st_uid == link.st_uid == os.getuid() and not status.st_mode & stat.S_IWOTH
+
+
+def beneath(folder: Path, address: str) -> Path:
+    """Return where in a folder to keep what comes from an address: beneath it, however that reads.
+
+    It has a readable name, less user, password and query, and a hash of the whole.
+    """
+    name = re.sub(r"[^A-Za-z0-9]+", "-", shown(address))[-80:].strip("-")
+    return folder / f"{name}-{hashlib.sha256(shown(address).encode()).hexdigest()[:16]}"
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -204,7 +223,7 @@ def lock(path: Path, *, wait: bool = False) -> int:
     """
     import fcntl  # Windows has none
 
-    descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
+    descriptor = open_own(path, os.O_RDWR)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError:

@@ -156,7 +156,7 @@ def open_dataset(
 
 def fetch_description(address: str, cache: Path) -> Path:
     """Fetch `dataset.json` and the tokenizer of a dataset at an address; return their folder."""
-    folder = cache / "remote" / shown(address).replace("://", "/")
+    folder = store.beneath(cache / "remote", address)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / DATASET_JSON, store.remote(beside(address, DATASET_JSON), "cat_file"))
     entry = read_dataset_json(folder)["tokenizer"]

@@ -17,9 +17,14 @@ from fasttrain import checkpoint
 from fasttrain.checkpoint.mirror import Mirror
 from fasttrain.command import tell
 from fasttrain.config import TrainConfig, UserError
+from fasttrain.config.untrusted import refuse_links
 from fasttrain.data.files import lock, names_at
 from fasttrain.distributed.world import World
 from fasttrain.log.console import Console
+
+
+# In a run folder; files are opened without following links.
+WRITTEN_FOLDERS = ("checkpoints", "faults", "profile", "tensorboard", "wandb")
 
 
 class RunFolder:
@@ -176,6 +181,7 @@ def lock_run_dir(run_dir: Path) -> Iterator[None]:
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
+        refuse_links(run_dir, WRITTEN_FOLDERS)
         descriptor = lock(run_dir / ".lock")
     except ImportError:
         descriptor = None

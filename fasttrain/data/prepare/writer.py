@@ -228,7 +228,7 @@ def building(place: str, asked: Asked, *, resume: bool, note: Note) -> Iterator[
     """
     folder, at_address = Path(place), is_address(place)
     if at_address:
-        folder = store.cache_folder() / "prepare" / shown(place).replace("://", "/")
+        folder = store.beneath(store.cache_folder() / "prepare", place)
         there = _is_there(place, asked, resume)
         if there or not resume:  # what was copied, or never was
             shutil.rmtree(folder, ignore_errors=True)
