@@ -18,6 +18,7 @@ from typing import Any, ParamSpec
 from urllib.parse import quote
 
 from fasttrain.config import UserError
+from fasttrain.printing import say
 
 EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT = 0, 1, 2
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: can be resumed
@@ -130,8 +131,8 @@ def make_parser(name: str, description: str | None, **options: Any) -> argparse.
 
 
 def tell(text: str) -> None:
-    """Print a line to standard error, without secrets."""
-    print(redact(text), file=sys.stderr, flush=True)
+    """Print text to standard error, without secrets and control characters."""
+    say(redact(text), stream=sys.stderr)
 
 
 # A variable's name is split at what is no letter and where the case changes: none of these words is

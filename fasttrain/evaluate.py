@@ -10,6 +10,7 @@ from fasttrain.command import command, make_parser
 from fasttrain.config import UserError
 from fasttrain.device import resolve_device, resolve_precision
 from fasttrain.generate import load_with_tokenizer
+from fasttrain.printing import say
 
 
 @command
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     precision, rows = resolve_precision(options.dtype, device), options.batch_size
     lm = HarnessModel(model=model, tokenizer=tokenizer, batch_size=rows, precision=precision)
     results = lm.run(tasks, options.limit, n_bootstrap=1000)
-    print(make_table(results))
+    say(make_table(results))
     if options.out:
         options.out.write_text(json.dumps(results, indent=2, default=str) + "\n", "utf-8")
     return 0

@@ -25,6 +25,7 @@ from fasttrain.config import TrainConfig, UserError, config_difference, config_t
 from fasttrain.config.keys import counted, show
 from fasttrain.config.untrusted import misfit, parse_json, read_regular
 from fasttrain.data.files import write_atomically
+from fasttrain.printing import printable, say
 
 SAMPLES_SHOWN = 4
 MAX_BYTES = 512 << 20  # of metrics.jsonl: a million rows
@@ -408,14 +409,15 @@ def picture(runs: Sequence[Run], path: Path | BinaryIO, *, axis: str = "steps") 
         plot = figure.add_subplot(grid[divmod(number + 1, 2)] if number else grid[0, :])
         below, stacked = np.zeros(1), panel.curves[0].kind == "area"
         for curve in panel.curves:
-            x = _column(curve.rows, AXES[axis])
+            x = _drawable(_column(curve.rows, AXES[axis]))
+            y = _drawable(curve.y)
             look = {"color": _colour(curve)} | _KINDS[curve.kind][1]
             if stacked:
-                plot.fill_between(x, below, below + curve.y, label=curve.name, **look)
-                below = below + curve.y
+                plot.fill_between(x, below, below + y, label=curve.name, **look)
+                below = below + y
             else:
                 label = _drawn(runs[curve.run].name) if curve.name == "smoothed" else None
-                plot.plot(x, curve.y, label=label, **look)
+                plot.plot(x, y, label=label, **look)
         if stacked or not number:
             # Not "best": to search a place takes long, of which matplotlib warns on a slow machine.
             plot.legend(loc="upper right", fontsize=8, reverse=bool(number), edgecolor="none")
@@ -434,12 +436,20 @@ def picture(runs: Sequence[Run], path: Path | BinaryIO, *, axis: str = "steps") 
         figure.savefig(path, dpi=110, format="png")
 
 
+def _drawable(values: Sequence[float]) -> Any:
+    """Return numbers as an array, with a gap where no axis of matplotlib goes."""
+    array = np.array(values, float)
+    array[~(np.abs(array) <= 1e30)] = math.nan
+    array[np.abs(array) < 1e-30] = 0
+    return array
+
+
 def _drawn(text: str) -> str:
     """Return what matplotlib draws as this text: else dollars enclose a formula.
 
     A label that begins with an underscore would be left out.
     """
-    text = clean(text).replace("$", r"\$")
+    text = printable(text).replace("$", r"\$")
     return f" {text}" if text.startswith("_") else text
 
 
@@ -472,7 +482,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{out}: {reason}; set another --out") from error
-    print(f"{out} and {out.with_suffix('.png').name}: {counted(len(runs), 'run')}")
+    say(f"{out} and {out.with_suffix('.png').name}: {counted(len(runs), 'run')}")
     return 0
 
 

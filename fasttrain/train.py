@@ -19,6 +19,7 @@ from typing import NoReturn
 from fasttrain.command import EXIT_FAILED, EXIT_STOPPED, check_system, command, make_parser
 from fasttrain.config import UserError, load_config
 from fasttrain.config.load import help_text, nearest_keys, shipped_configs
+from fasttrain.printing import say
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -84,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def interrupted(number: int) -> int:
         what = "resume as before" if was_saved else "nothing to resume"
-        print(f"interrupted before the first step; {what}", file=sys.stderr, flush=True)
+        say(f"interrupted before the first step; {what}", stream=sys.stderr)
         return EXIT_STOPPED if was_saved else 128 + number  # as a shell reports it
 
     try:

@@ -20,7 +20,7 @@ from fasttrain.config import DataConfig
 from fasttrain.config.untrusted import misfit, read_json
 from fasttrain.data import files as store
 from fasttrain.data.dataset import Shard, ShardInfo, TokenDataset, dtype_for
-from fasttrain.data.files import DataError, is_address, sha256_of, shown, write_atomically
+from fasttrain.data.files import DataError, is_address, sha256_of, write_atomically
 from fasttrain.data.remote import RemoteShard, ShardCache, beside
 
 DATASET_JSON = "dataset.json"

@@ -22,7 +22,6 @@ from fasttrain.data.files import lock, names_at
 from fasttrain.distributed.world import World
 from fasttrain.log.console import Console
 
-
 # In a run folder; files are opened without following links.
 WRITTEN_FOLDERS = ("checkpoints", "faults", "profile", "tensorboard", "wandb")
 
