@@ -19,6 +19,7 @@ from typing import NoReturn
 from fasttrain.command import EXIT_FAILED, EXIT_STOPPED, check_system, command, make_parser
 from fasttrain.config import UserError, load_config
 from fasttrain.config.load import help_text, nearest_keys, shipped_configs
+from fasttrain.config.trust import refuse_foreign_keys
 from fasttrain.printing import say
 
 
@@ -45,6 +46,9 @@ def _parser() -> argparse.ArgumentParser:
     change = "a key that may differ from the resumed run's; repeatable"
     add("--allow-change", action="append", default=[], metavar="section.key", help=change)
     look = "only report what the run needs and what may harm it, as fasttrain.preflight does"
+    trust = "take all keys of a resumed run's own config, also those that lead to code of others "
+    trust += "or to other folders: eval.tasks_path, data.cache_dir, checkpoint.mirror"
+    add("--trust", action="store_true", help=trust)
     add("--dry-run", action="store_true", help=look)
     prove = "only prove that resuming works: N steps in one process and in two must give "
     add("--verify-resume", type=int, metavar="N", help=prove + "identical bits")
@@ -57,7 +61,10 @@ def _held_by(resumed: Path) -> tuple[Path, str]:
 
     run_dir = run_dir_above(resumed)
     held = [folder / "config.toml" for folder in (resumed, run_dir)]
-    return next(filter(Path.is_file, held), held[-1]), run_dir.resolve().name
+    path = next(filter(Path.is_file, held), None)
+    if path is None:
+        raise UserError(f"--resume {resumed}: {held[-1]} is missing; name a config as well")
+    return path, run_dir.resolve().name
 
 
 @command
@@ -80,6 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if given is None and arguments.resume in (None, "auto"):
         parser.error("name a config, such as base or configs/base.toml")
 
+    of_others = given is None  # the run's own config, which may come from anybody
     only_looks = arguments.dry_run or arguments.verify_resume is not None
     was_saved = arguments.resume not in (None, "auto") and not only_looks
 
@@ -107,6 +115,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 arguments.resume = "auto"
             path, name = _held_by(Path(arguments.resume)) if given is None else (Path(given), None)
             config = load_config(path, arguments.overrides)
+            if of_others and not arguments.trust:
+                refuse_foreign_keys(
+                    config, arguments.overrides, address, at_address="://" in address
+                )
             if arguments.resume == "auto" and not only_looks:
                 runs = f"{glob.escape(config.run.name or path.stem)}*"
                 was_saved = any(Path(config.run.out_dir).glob(f"{runs}/checkpoints/step-*"))

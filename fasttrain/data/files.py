@@ -47,6 +47,8 @@ def file_system(address: str) -> tuple[Any, str]:
 
     Credentials are those that s3fs, gcsfs, huggingface_hub and fsspec's own settings find.
     """
+    if "reference:" in address:  # runs templates that its file holds
+        raise DataError(f"{shown(address)}: addresses that a file makes up are not followed")
     try:
         return cast(tuple[Any, str], importlib.import_module("fsspec.core").url_to_fs(address))
     except ImportError as error:
