@@ -3,6 +3,7 @@
 import argparse
 import base64
 import contextlib
+import errno
 import functools
 import importlib.util
 import json
@@ -34,14 +35,20 @@ _OUT_OF_MEMORY = (
     "lower train.micro_batch (with train.tokens_per_step set the loss stays the same), let "
     'train.micro_batch="auto" choose it, or set train.activation_checkpointing=full'
 )
+# Errors of the system of which the name of a file or folder is the cause.
+_OF_NAMES = {
+    *(errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP),
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENXIO, errno.EILSEQ),
+}
 P = ParamSpec("P")
 
 
 def command(main: Callable[P, int]) -> Callable[P, int]:
     """Print what a command raises, without secrets, and return its exit status.
 
-    A `UserError` is one line and status 2, Ctrl-C one and 130, any other exception a traceback and
-    status 1. If the reader of its output has gone, as after ``| head``, it ends silently.
+    A `UserError` is one line and status 2, and so is a name that the system refuses; Ctrl-C is one
+    and 130, any other exception a traceback and status 1. If the reader of its output has gone, as
+    after ``| head``, it ends silently.
     """
 
     @functools.wraps(main)
@@ -56,9 +63,7 @@ def command(main: Callable[P, int]) -> Callable[P, int]:
             sys.stdout.flush()
             return status
         except UserError as error:
-            if not record(f"error: {error}") or os.environ.get("RANK") == "0":
-                tell(f"error: {error}")
-            return EXIT_BAD_INPUT
+            return _refused(error)
         except KeyboardInterrupt as remedy:
             tell(f"\ninterrupted{remedy}")
             return EXIT_INTERRUPTED
@@ -66,6 +71,9 @@ def command(main: Callable[P, int]) -> Callable[P, int]:
             if isinstance(error, BrokenPipeError) and _nobody_reads(out := sys.stdout.fileno()):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), out)
                 return EXIT_NOT_READ
+            if isinstance(error, OSError) and error.filename and error.errno in _OF_NAMES:
+                named = os.fsdecode(error.filename)
+                return _refused(UserError(f"{named}: {error.strerror}; name another place"))
             rank = os.environ.get("RANK")
             shown = traceback.format_exc().rstrip("\n")
             if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
@@ -75,6 +83,12 @@ def command(main: Callable[P, int]) -> Callable[P, int]:
             return EXIT_FAILED
 
     return run
+
+
+def _refused(error: UserError) -> int:
+    if not record(f"error: {error}") or os.environ.get("RANK") == "0":
+        tell(f"error: {error}")
+    return EXIT_BAD_INPUT
 
 
 def _nobody_reads(file: int) -> bool:

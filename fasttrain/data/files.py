@@ -212,8 +212,11 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file's bytes, as hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def lock(path: Path, *, wait: bool = False) -> int:

@@ -216,8 +216,8 @@ class Partial:
                     problem = f"the interrupted run had {other}"
                     raise DataError(f"--resume: {problem}; repeat its command, or {ANEW}")
                 self.state = left.get("done", {})  # an earlier fasttrain kept another one
-                if problem := misfit(_Done, self.state):
-                    raise DataError(f"{self._progress}: damaged ({problem}); {ANEW}")
+                if damage := misfit(_Done, self.state):
+                    raise DataError(f"{self._progress}: damaged ({damage}); {ANEW}")
                 note(f"Continuing with what an interrupted run left in {self.folder}")
             elif self._progress.exists():
                 also = "(--resume would have continued it)"
