@@ -271,9 +271,9 @@ def test_R36_the_report_replaces_a_link(run: Path) -> None:
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "samples.txt", "train.log", "config.toml"])
 def test_R36_a_pipe_in_a_run_folder_hangs_nothing(name: str, run: Path) -> None:
-    (run / name).unlink()
+    (run / name).unlink(missing_ok=True)
     os.mkfifo(run / name)
-    assert main(["--resume", str(run), "--stop-at-step=4"]) == (75 if name == "config.toml" else 2)
+    assert main(["--resume", str(run), "--stop-at-step=4"]) == 2
     with contextlib.suppress(UserError):
         report.read_run(run)
 
@@ -292,11 +292,15 @@ def test_R36_a_huge_file_in_a_run_folder_fills_no_memory(tmp_path: Path) -> None
 
 
 def test_R36_a_log_is_written_to_the_null_device_and_to_no_other(tmp_path: Path) -> None:
-    LogFile(Path(os.devnull)).write("gone\n")
+    log = LogFile(Path(os.devnull))
+    log.write("gone\n")
+    log.close()
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UserError, match="not a file"):
         open_own(tmp_path / "pipe", os.O_WRONLY)
-    CsvLogger(tmp_path).write("train", {"step": 1, "loss": 2.0})
+    table = CsvLogger(tmp_path)
+    table.write("train", {"step": 1, "loss": 2.0})
+    table.close()
     assert (tmp_path / "train.csv").exists()
 
 
@@ -356,6 +360,7 @@ def test_R36_the_mirror_removes_no_checkpoint_that_it_did_not_copy(run: Path, na
     config = str(run.parent.parent / "toy.toml")
     for stop in (5, 7):
         argv = [config, "run.name=r", "checkpoint.mirror=m", "log.csv=true", "--resume=auto"]
+        argv.append("checkpoint.keep_last=1")
         assert main([*argv, f"--stop-at-step={stop}"]) == 75
     assert [(copies / name / "thesis.tex").read_text() for name in before] == ["mine"] * 2
     assert len(list(copies.iterdir())) == 3  # of its own it keeps the last
@@ -438,7 +443,7 @@ def test_R36_an_address_runs_no_template() -> None:
         file_system("reference::http://h/x.json")
 
 
-# ---- what fails beside a run, and what is printed -------------------------------------------------
+# ---- what fails beside a run, and what is printed ------------------------------------------------
 
 
 def test_R12_R36_a_sink_that_fails_is_closed_with_one_warning(
@@ -470,9 +475,9 @@ def calls_of(tree: ast.AST) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Name) and node.id == "print":
             yield f"print, line {node.lineno}"
-        if isinstance(node, ast.Attribute) and node.attr in ("write", "writelines", "buffer"):
-            if ast.unparse(node.value) in ("sys.stdout", "sys.stderr"):
-                yield f"{ast.unparse(node)}, line {node.lineno}"
+        text = ast.unparse(node) if isinstance(node, ast.Attribute) else ""
+        if text.startswith(("sys.stdout.write", "sys.stderr.write", "sys.stdout.buffer")):
+            yield text
 
 
 def test_R36_one_module_prints_and_no_other() -> None:
