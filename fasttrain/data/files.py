@@ -190,10 +190,14 @@ def _is_own(folder: Path) -> bool:
 def beneath(folder: Path, address: str) -> Path:
     """Return where in a folder to keep what comes from an address: beneath it, however that reads.
 
-    It has a readable name, less user, password and query, and a hash of the whole.
+    It reads as the address does, less user, password and query, or has its hash for a name, where
+    a part of that is no plain name.
     """
-    name = re.sub(r"[^A-Za-z0-9]+", "-", shown(address))[-80:].strip("-")
-    return folder / f"{name}-{hashlib.sha256(shown(address).encode()).hexdigest()[:16]}"
+    scheme, _, path = shown(address).partition("://")
+    parts = [scheme, *path.split("/")]
+    if all(re.fullmatch(r"[A-Za-z0-9_][\w.:-]{0,100}", part, re.ASCII) for part in parts):
+        return folder.joinpath(*parts)
+    return folder / hashlib.sha256(shown(address).encode()).hexdigest()[:32]
 
 
 def write_atomically(path: Path, content: bytes) -> None:
