@@ -5,6 +5,7 @@ import runpy
 import sys
 
 from fasttrain import __version__
+from fasttrain.printing import say
 
 COMMANDS = {
     "train": "train a model from a TOML config; --resume, --verify-resume",
@@ -22,17 +23,17 @@ def main() -> int:
     """Run the command that is named first, and exit as it does; 2 where there is none such."""
     name, *arguments = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
-        print("usage: fasttrain COMMAND …, or python -m fasttrain.COMMAND …\n")
-        print(*(f"  {name:<12} {meaning}" for name, meaning in COMMANDS.items()), sep="\n")
-        print("\nAlso: fasttrain COMMAND --help; --version")
+        say("usage: fasttrain COMMAND …, or python -m fasttrain.COMMAND …\n")
+        say("\n".join(f"  {name:<12} {meaning}" for name, meaning in COMMANDS.items()))
+        say("\nAlso: fasttrain COMMAND --help; --version")
         return 0
     if name == "--version":
-        print(f"fasttrain {__version__}")
+        say(f"fasttrain {__version__}")
         return 0
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
-        print(f"error: fasttrain {name}: there is no such command; {hint}", file=sys.stderr)
+        say(f"error: fasttrain {name}: there is no such command; {hint}", stream=sys.stderr)
         return 2
     sys.argv[1:] = arguments
     runpy.run_module(f"fasttrain.{name}", run_name="__main__")  # it exits

@@ -1,7 +1,9 @@
 """What all commands share: exit statuses, and output without secrets. Standard library only."""
 
 import argparse
+import base64
 import contextlib
+import errno
 import functools
 import importlib.util
 import json
@@ -12,12 +14,13 @@ import select
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ParamSpec
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 from fasttrain.config import UserError
+from fasttrain.printing import say
 
 EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT = 0, 1, 2
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: can be resumed
@@ -32,14 +35,20 @@ _OUT_OF_MEMORY = (
     "lower train.micro_batch (with train.tokens_per_step set the loss stays the same), let "
     'train.micro_batch="auto" choose it, or set train.activation_checkpointing=full'
 )
+# Errors of the system of which the name of a file or folder is the cause.
+_OF_NAMES = {
+    *(errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP),
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENXIO, errno.EILSEQ),
+}
 P = ParamSpec("P")
 
 
 def command(main: Callable[P, int]) -> Callable[P, int]:
     """Print what a command raises, without secrets, and return its exit status.
 
-    A `UserError` is one line and status 2, Ctrl-C one and 130, any other exception a traceback and
-    status 1. If the reader of its output has gone, as after ``| head``, it ends silently.
+    A `UserError` is one line and status 2, and so is a name that the system refuses; Ctrl-C is one
+    and 130, any other exception a traceback and status 1. If the reader of its output has gone, as
+    after ``| head``, it ends silently.
     """
 
     @functools.wraps(main)
@@ -55,9 +64,7 @@ def command(main: Callable[P, int]) -> Callable[P, int]:
             sys.stdout.flush()
             return status
         except UserError as error:
-            if not record(f"error: {error}") or os.environ.get("RANK") == "0":
-                tell(f"error: {error}")
-            return EXIT_BAD_INPUT
+            return _refused(error)
         except KeyboardInterrupt as remedy:
             tell(f"\ninterrupted{remedy}")
             return EXIT_INTERRUPTED
@@ -65,6 +72,9 @@ def command(main: Callable[P, int]) -> Callable[P, int]:
             if isinstance(error, BrokenPipeError) and _nobody_reads(out := sys.stdout.fileno()):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), out)
                 return EXIT_NOT_READ
+            if isinstance(error, OSError) and error.filename and error.errno in _OF_NAMES:
+                named = os.fsdecode(error.filename)
+                return _refused(UserError(f"{named}: {error.strerror}; name another place"))
             rank = os.environ.get("RANK")
             shown = traceback.format_exc().rstrip("\n")
             if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
@@ -94,6 +104,12 @@ def _open_closed_streams() -> None:
             os.set_inheritable(number, True)
         mode = "w" if number else "r"
         setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+
+
+def _refused(error: UserError) -> int:
+    if not record(f"error: {error}") or os.environ.get("RANK") == "0":
+        tell(f"error: {error}")
+    return EXIT_BAD_INPUT
 
 
 def _nobody_reads(file: int) -> bool:
@@ -151,28 +167,42 @@ def make_parser(name: str, description: str | None, **options: Any) -> argparse.
 
 
 def tell(text: str) -> None:
-    """Print a line to standard error, without secrets."""
-    print(redact(text), file=sys.stderr, flush=True)
+    """Print text to standard error, without secrets and control characters."""
+    say(redact(text), stream=sys.stderr)
 
 
 # A variable's name is split at what is no letter and where the case changes: none of these words is
 # in TOKENIZER_DIR, KEYBOARD or XAUTHORITY.
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
 _TELLING = re.compile(
-    r"(?i)(?:\w*(?:passwd|password|passphrase|secret|token|credential)|(?:ssh)?pass|pwd|auth"
-    r"|authorization|(?:api|access|private)?key)s?"
+    r"(?i)(?:\w*(?:passwd|password|passphrase|secret|token|credential)|(?:ssh)?pass|pwd|pin|auth"
+    r"|authorization|bearer|cookie|jwt|(?:api|access|private)?key)s?"
 )
+# The last word of a name says that its value is a path, or with the first one a count of tokens.
+_OF_PATHS = re.compile(r"(?i)\w*(?:path|file|dir|folder|directory)s?|sock")
+_OF_COUNTS = re.compile(
+    r"(?i)tokens|number|count|limit|budget|size|length|len|rate|timeout|ttl|age|seconds|days|bits"
+)
+_COUNTING = re.compile(r"(?i)n|num|max|min")
 _SHORTEST = 8  # characters of a secret: shorter ones are words that occur anywhere
 _LONGEST_WORD = 11  # of letters in one case: such as interactive, certificate
-_PATH = re.compile(r"(?:~|\.\.?)?/|[A-Za-z]:[\\/]")
+_WINDOWS_PATH = re.compile(r"[A-Za-z]:\\[\w .\\-]*")
 _NUMBER = re.compile(r"[-+]?[\d_,. ]*\d(?:[eE][-+]?\d+)?[kKMGTB%]*")
 # What stands before the last @ of a URL's host (of which a path keeps one slash), and what a URL
-# passes under a telling name.
-_USER_INFO = re.compile(r"(?i)\b([a-z][a-z0-9+.-]*:/{1,2})[^/\s\"'\\]+@")
-_PARAMETER = re.compile(
-    r"(?i)([?&;#](?:[\w.-]*(?:token|secret|passw|key|credential|signature|auth)[\w.-]*|sig)=)"
-    r"[^&;#\s\"'\\]+"  # a backslash escapes the quote that ends a string of TOML or JSON
+# passes under a telling name; the same of a URL that another URL holds. And what HTTP is told.
+_NAME = r"(?:[\w.-]*(?:token|secret|passw|pwd|key|credential|signature|auth|jwt)[\w.-]*|sig|pass)"
+_IN_URLS = (
+    re.compile(r"(?i)\b([a-z][a-z0-9+.-]*:/{1,2})[^/\s\"'\\]+(@)"),
+    re.compile(r"(?i)(%3A(?:%2F){2})(?:(?!%2F)[^\s\"'&;#@\\])+?(%40|@)"),
+    # A backslash escapes the quote that ends a string of TOML or JSON.
+    re.compile(rf"(?i)([?&;#]{_NAME}=)[^&;#\s\"'\\]+()"),
+    re.compile(rf"(?i)((?:%3F|%26){_NAME}%3D)(?:(?!%26)[^&;#\s\"'\\])+()"),
+    re.compile(
+        r"(?i)(\bauthorization\\?[\"']?\s*[:=]\s*\\?[\"']?(?:(?:basic|bearer|token)\s+)?)"
+        r"(?!\*{3})[\w+/=.~-]{8,}()"
+    ),
 )
+_PASSWORD = re.compile(r"[A-Za-z][\w+.-]*://[^/\s:@]*:([^/\s@]+)@")  # in a URL of a variable
 _HIDDEN = "***"
 
 
@@ -180,14 +210,23 @@ def redact(text: str) -> str:
     """Return ``text`` without secrets: each is replaced by ``***``; done again, nothing changes.
 
     Secrets are the user and password of a URL, its parameters named like a token, key or
-    signature, and the values of environment variables with such names, however TOML, JSON, Python
-    or a URL escapes them, also line by line. A number, a path or a common word is no secret.
+    signature, what a header of HTTP authorizes, and the values of environment variables with such
+    names and the passwords in the URLs of others, however TOML, JSON, Python, a URL, base64 or hex
+    writes them, also line by line. A path that exists, the value of a name that says that it is a
+    path or a count, and a common word are no secrets.
     """
-    values = frozenset(v for name, v in os.environ.items() if _is_telling(name) and _is_secret(v))
+    values = set[str]()
+    for name, value in os.environ.items():
+        if _is_telling(name) and _is_secret(value) and not _is_plain(name, value):
+            values.add(value)
+        for password in _PASSWORD.findall(value) if "@" in value else ():
+            values |= set(filter(_is_secret, (password, unquote(password))))
+    pattern = _pattern(frozenset(values))
     while True:
         before = text
-        text = _pattern(values).sub(_HIDDEN, text)
-        text = _PARAMETER.sub(rf"\1{_HIDDEN}", _USER_INFO.sub(rf"\1{_HIDDEN}@", text))
+        text = pattern.sub(_HIDDEN, text)
+        for in_urls in _IN_URLS:
+            text = in_urls.sub(rf"\1{_HIDDEN}\2", text)
         if text == before:  # else what was put together around a *** may be a secret in turn
             return text
 
@@ -197,13 +236,23 @@ def _is_telling(name: str) -> bool:
     return any(_TELLING.fullmatch(word) for word in _WORD.findall(name))
 
 
+def _is_plain(name: str, value: str) -> bool:
+    """Return whether the words of a name say that such a value is a path or a count."""
+    words = _WORD.findall(name)
+    first, last = words[0], words[-1]
+    if _OF_PATHS.fullmatch(last):
+        return True
+    counts = _COUNTING.fullmatch(first) or _OF_COUNTS.fullmatch(last)
+    return bool(counts and _NUMBER.fullmatch(value))
+
+
 def _is_secret(value: str) -> bool:
     word = value.replace("-", "").replace("_", "")
     common = word.isalpha() and (word.islower() or word.isupper() or word.istitle())
     return (
         len(value) >= _SHORTEST
         and not (common and len(value) <= _LONGEST_WORD)
-        and not (_PATH.match(value) or _NUMBER.fullmatch(value) or os.path.exists(value))
+        and not (_WINDOWS_PATH.fullmatch(value) or os.path.exists(value))
     )
 
 
@@ -211,8 +260,30 @@ def _is_secret(value: str) -> bool:
 def _pattern(values: frozenset[str]) -> re.Pattern[str]:
     """Return what matches each of the secrets, and each line of one that is long enough."""
     lines = {line for v in values for line in v.splitlines() if _is_secret(line)}
-    longest_first = sorted(values | lines, key=lambda v: (-len(v), v))
-    return re.compile("|".join("".join(map(_escaped, v)) for v in longest_first) or r"(?!)")
+    texts = values | lines
+    forms = texts | {form for text in texts for form in _encoded(text)}
+    longest_first = sorted(forms, key=lambda v: (-len(v), v))
+    return re.compile("|".join(map(_spelled, longest_first)) or r"(?!)")
+
+
+def _encoded(text: str) -> Iterator[str]:
+    """Yield how hex and base64 write a text: what does not depend on what is beside it."""
+    content = text.encode(errors="surrogateescape")
+    yield content.hex()
+    yield content.hex().upper()
+    for encode in (base64.b64encode, base64.urlsafe_b64encode):
+        for n_before in range(3):
+            whole = encode(bytes(n_before) + content).decode().rstrip("=")
+            end = (n_before + len(content)) * 8 // 6
+            middle = whole[-(-n_before * 8 // 6) : end]
+            if len(middle) >= _SHORTEST:
+                yield middle
+
+
+def _spelled(text: str) -> str:
+    """Return what matches a text in all its spellings; of digits alone, the whole number."""
+    spelled = "".join(map(_escaped, text))
+    return rf"(?<!\d){spelled}(?!\d)" if text.isdecimal() else spelled
 
 
 @functools.cache

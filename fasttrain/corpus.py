@@ -19,7 +19,7 @@ from pathlib import Path
 import tokenizers
 
 from fasttrain.data.files import DataError, cache_folder, lock
-from fasttrain.data.format import DATASET_JSON
+from fasttrain.data.format import DATASET_JSON, SPLITS, open_dataset
 from fasttrain.data.prepare.build import prepare
 from fasttrain.data.prepare.sources import local_file
 from fasttrain.data.tokenizer import CODE_PATTERN
@@ -57,7 +57,7 @@ def build_default_corpus(
         raise DataError(f"{root}: {problem}; {remedy}")
     parent = cache_folder(cache_dir)
     folder = parent / f"python-stdlib-{digest.hexdigest()[:16]}"
-    if (folder / DATASET_JSON).is_file():
+    if _is_sound(folder, parent):
         return folder
 
     begin = time.perf_counter()
@@ -69,8 +69,9 @@ def build_default_corpus(
         with ExitStack() as stack:  # one process at a time where the file system has locks
             with suppress(OSError):
                 stack.callback(os.close, lock(parent / LOCK, wait=True))
-                if (folder / DATASET_JSON).is_file():  # made meanwhile
+                if _is_sound(folder, parent):  # made meanwhile
                     return folder
+                shutil.rmtree(folder, ignore_errors=True)  # what is left of one
                 for killed in parent.glob(f"{PREFIX}*"):
                     shutil.rmtree(killed, ignore_errors=True)
             building = tempfile.TemporaryDirectory(dir=parent, prefix=PREFIX)
@@ -94,6 +95,19 @@ def build_default_corpus(
         raise DataError(f"the default text cannot be made: {error}; {remedy}") from error
     report(f"Default text ready: {time.perf_counter() - begin:.1f} s, kept in {folder}")
     return folder
+
+
+def _is_sound(folder: Path, cache_dir: Path) -> bool:
+    """Return whether a dataset is there, and has the hashes that it was made with."""
+    if not (folder / DATASET_JSON).is_file():
+        return False
+    try:
+        for split in SPLITS:
+            dataset = open_dataset(folder, split, cache_dir=cache_dir)
+            _ = dataset.document_ends
+    except DataError:
+        return False
+    return True
 
 
 def _source_files(root: Path) -> Iterator[tuple[str, bytes]]:

@@ -10,6 +10,7 @@ from fasttrain.command import command, make_parser
 from fasttrain.config import UserError
 from fasttrain.device import resolve_device, resolve_precision
 from fasttrain.generate import load_with_tokenizer
+from fasttrain.printing import say
 
 
 @command
@@ -33,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, least in (("limit", 1), ("batch_size", 1), ("num_fewshot", 0)):
         if (n := getattr(options, name)) is not None and n < least:
             raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {n}")
+    if options.out and (options.out.is_dir() or not options.out.parent.is_dir()):
+        raise UserError(f"--out {options.out}: cannot be written; name a file in a folder that is")
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError("evaluation needs the package lm_eval; pip install lm_eval")
     device = resolve_device(options.device)
@@ -46,9 +49,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     precision, rows = resolve_precision(options.dtype, device), options.batch_size
     lm = HarnessModel(model=model, tokenizer=tokenizer, batch_size=rows, precision=precision)
     results = lm.run(tasks, options.limit, n_bootstrap=1000)
-    print(make_table(results))
+    say(make_table(results))
     if options.out:
-        options.out.write_text(json.dumps(results, indent=2, default=str) + "\n", "utf-8")
+        text = json.dumps(results, indent=2, default=str) + "\n"
+        try:
+            options.out.write_text(text, "utf-8")
+        except OSError as error:
+            problem = f"--out {options.out}: cannot be written ({error.strerror})"
+            raise UserError(f"{problem}; the table above holds the results") from error
     return 0
 
 

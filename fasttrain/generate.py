@@ -29,6 +29,7 @@ from fasttrain.distributed.sharding import evaluating
 from fasttrain.distributed.world import World
 from fasttrain.log.console import clean
 from fasttrain.model.transformer import Transformer
+from fasttrain.printing import say, write
 
 
 def sample_tokens(
@@ -277,6 +278,14 @@ def load_with_tokenizer(
     return model, tokenizer
 
 
+def show(text: str) -> None:
+    """Write what a model wrote: to a terminal without control characters, to a file as it is."""
+    if sys.stdout.isatty():
+        say(clean(text), end="")
+    else:
+        write(text)
+
+
 def _run(options: argparse.Namespace) -> None:
     if options.interactive and options.prompt:
         raise UserError("--interactive reads its prompts from the input; leave --prompt out")
@@ -293,7 +302,6 @@ def _run(options: argparse.Namespace) -> None:
         raise UserError(str(error)) from None
     device = resolve_device(options.device)
     model, tokenizer = load_with_tokenizer(options.run, device, options.which, options.tokenizer)
-    shown = clean if sys.stdout.isatty() else str
     sampling |= {"max_new_tokens": options.max_tokens, "stop": options.stop}
 
     def pieces(*prompts: str) -> Iterator[tuple[int, str]]:
@@ -304,10 +312,10 @@ def _run(options: argparse.Namespace) -> None:
 
     def say(prompt: str, before: str = "") -> None:
         drawn = pieces(prompt)  # raises before anything is shown
-        print(before, end="", flush=True)
+        show(before)
         for _, piece in drawn:
-            print(shown(piece), end="", flush=True)
-        print()
+            show(piece)
+        show("\n")
 
     if options.interactive:
         try:
@@ -324,9 +332,9 @@ def _run(options: argparse.Namespace) -> None:
         return
     texts = list(prompts)
     for i, piece in pieces(*prompts):
-        texts[i] += shown(piece)
+        texts[i] += piece
     for number, text in enumerate(texts, start=1):
-        print(f"--- sample {number}\n{text}")
+        show(f"--- sample {number}\n{text}\n")
 
 
 @command

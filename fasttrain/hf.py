@@ -27,6 +27,7 @@ from fasttrain.config.untrusted import misfit, read_json
 from fasttrain.data.tokenizer import end_of_text_id, load_tokenizer
 from fasttrain.generate import load_model
 from fasttrain.model.transformer import Transformer, hidden_dim
+from fasttrain.printing import say
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 REMEDY = "give the folder of a downloaded model"
@@ -360,10 +361,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.command == "export":
         path = export_model(options.run, options.out, dtype=options.dtype)
-        print(f'{path}: load it with AutoModelForCausalLM.from_pretrained("{path}")')
+        say(f'{path}: load it with AutoModelForCausalLM.from_pretrained("{path}")')
     else:
         path = import_model(options.folder, options.run, seq_len=options.seq_len)
-        print(
+        say(
             f"{path}: sample with python -m fasttrain.generate {path}; train on your text with\n"
             f"python -m fasttrain.prepare {path}/data --tokenizer {path}/tokenizer.json --input …\n"
             f"python -m fasttrain.train {path}/config.toml model.init_from={path} "

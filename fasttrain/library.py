@@ -45,6 +45,7 @@ from fasttrain.log.metrics import TrainingMetrics
 from fasttrain.log.sinks import Kind, Sinks, check_packages
 from fasttrain.model.transformer import Transformer
 from fasttrain.objective import Criterion, Objective, together
+from fasttrain.printing import say
 from fasttrain.run.folder import lock_run_dir, logged_bytes
 from fasttrain.run.provenance import provenance
 from fasttrain.run.resume import made_otherwise
@@ -696,7 +697,7 @@ def train_loop(
         steps.append(trainer.step)
         if not quiet and trainer.world.leads:
             epoch = min(trainer.epoch, num_epochs - 1)  # the last step is recorded after its epoch
-            print(f"Epoch {epoch}, step {trainer.step}, loss {row['loss']:.4f}", flush=True)
+            say(f"Epoch {epoch}, step {trainer.step}, loss {row['loss']:.4f}")
 
     run = {"device": str(where), "dtype": "fp32"}
     loop = {"epochs": max(1, num_epochs)}

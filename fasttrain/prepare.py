@@ -24,6 +24,7 @@ from fasttrain.data.format import DATASET_JSON, SPLITS, open_dataset, read_datas
 from fasttrain.data.prepare.build import merge, prepare
 from fasttrain.data.prepare.sources import MAX_VAL_FRACTION, SMALL_BYTES, VAL_BYTES, VAL_FRACTION
 from fasttrain.data.tokenizer import load_tokenizer
+from fasttrain.printing import say
 
 MOST_FREQUENT, SAMPLES, SAMPLE_TOKENS = 10, 3, 40  # shown by --inspect
 
@@ -103,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if out is not None or inputs:
                 parser.error("--inspect looks into a folder and makes nothing: leave the rest out")
             for line in inspect(folder):
-                print(line)
+                say(line)
             return 0
         if merges:
             if out is None or inputs or options["shard_of"]:
@@ -117,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         done = f"Train on it: python -m fasttrain.train base data.path={path}"
         if options["shard_of"]:
             done = f"When all parts are there: python -m fasttrain.prepare {path} --merge"
-        print(done)
+        say(done)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("; the same command with --resume goes on") from None
     return 0

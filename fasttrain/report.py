@@ -8,22 +8,27 @@ Needs the extra ``report``: plotly for the page, matplotlib for the picture.
 import contextlib
 import html
 import importlib
+import io
 import math
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, BinaryIO, NamedTuple, TypedDict
 
 import numpy as np
 
 from fasttrain.command import command, make_parser
 from fasttrain.config import TrainConfig, UserError, config_difference, config_to_toml, load_config
 from fasttrain.config.keys import counted, show
-from fasttrain.config.untrusted import misfit, parse_json
+from fasttrain.config.untrusted import misfit, parse_json, read_regular
+from fasttrain.data.files import write_atomically
+from fasttrain.printing import printable, say
 
 SAMPLES_SHOWN = 4
+MAX_BYTES = 512 << 20  # of metrics.jsonl: a million rows
 COLOURS = ("#1f6fb4", "#d1495b", "#2e933c", "#8b5fbf", "#e08e0b", "#3b8ea5", "#6b6b6b", "#a2673f")
 # x axis: title, and the key of a row that it shows
 AXES = {"steps": "step", "tokens": "tokens", "minutes": "minutes", "FLOPs": "flops"}
@@ -87,7 +92,7 @@ def read_run(path: Path, descendants: frozenset[Path] = frozenset()) -> Run:
     toml = path / "config.toml"
     config = load_config(toml) if toml.is_file() else None
     rows, made_by = [], []
-    for line in file.read_bytes().splitlines():
+    for line in _content(file).splitlines():
         with contextlib.suppress(UserError):  # the run was killed, or is writing the line now
             row = parse_json(line, file, "")
             if row.get("kind") == "run":
@@ -129,7 +134,7 @@ def read_run(path: Path, descendants: frozenset[Path] = frozenset()) -> Run:
         raise UserError(f"{file}: no training step is logged yet")
     samples = path / "samples.txt"
     if samples.is_file():
-        parts = samples.read_text(encoding="utf-8", errors="replace").split("--- step ")
+        parts = _content(samples).decode(errors="replace").split("--- step ")
         run.samples = [part for part in parts if part.strip()][-SAMPLES_SHOWN:]
     return run
 
@@ -147,6 +152,13 @@ def _lines_before(
         rows = [row for row in (*run.before, *run.train) if row["step"] <= step]
         return [row | {"minutes": None} for row in rows]  # the branch's begin at 0
     return []
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return read_regular(path, MAX_BYTES)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def _column(rows: Sequence[Mapping[str, Any]], key: str) -> list[float]:
@@ -412,8 +424,8 @@ def page(runs: Sequence[Run]) -> str:
     return f"{_HEAD}<title>{title}</title>{''.join(parts)}\n"
 
 
-def picture(runs: Sequence[Run], path: Path, *, axis: str = "steps") -> None:
-    """Write the curves over ``axis``, a key of `AXES`, as a PNG.
+def picture(runs: Sequence[Run], path: Path | BinaryIO, *, axis: str = "steps") -> None:
+    """Write the curves over ``axis``, a key of `AXES`, as a PNG; no name in it is a formula.
 
     Raises:
         UserError: matplotlib is not installed, or a run does not have this axis.
@@ -428,18 +440,19 @@ def picture(runs: Sequence[Run], path: Path, *, axis: str = "steps") -> None:
         plot = figure.add_subplot(grid[divmod(number + 1, 2)] if number else grid[0, :])
         below, stacked = np.zeros(1), panel.curves[0].kind == "area"
         for curve in panel.curves:
-            x = _column(curve.rows, AXES[axis])
+            x = _drawable(_column(curve.rows, AXES[axis]))
+            y = _drawable(curve.y)
             look = {"color": _colour(curve)} | _KINDS[curve.kind][1]
             if stacked:
-                plot.fill_between(x, below, below + curve.y, label=curve.name, **look)
-                below = below + curve.y
+                plot.fill_between(x, below, below + y, label=curve.name, **look)
+                below = below + y
             else:
-                label = runs[curve.run].name if curve.name == "smoothed" else None
-                plot.plot(x, curve.y, label=label, **look)
+                label = _drawn(runs[curve.run].name) if curve.name == "smoothed" else None
+                plot.plot(x, y, label=label, **look)
         if stacked or not number:
             # Not "best": to search a place takes long, of which matplotlib warns on a slow machine.
             plot.legend(loc="upper right", fontsize=8, reverse=bool(number), edgecolor="none")
-        plot.set_title("\n".join(filter(None, (panel.title, panel.note))), fontsize=10)
+        plot.set_title(_drawn("\n".join(filter(None, (panel.title, panel.note)))), fontsize=10)
         plot.set_xlabel(axis, fontsize=9)
         plot.grid(alpha=0.25)
         plot.spines[["top", "right"]].set_visible(False)
@@ -449,7 +462,26 @@ def picture(runs: Sequence[Run], path: Path, *, axis: str = "steps") -> None:
             plot.set_yscale("log", subs=())
             plot.yaxis.get_major_locator().set_params(subs=(1, 2, 3, 5, 7))
             plot.yaxis.set_major_formatter("{x:g}")
-    figure.savefig(path, dpi=110)
+    with warnings.catch_warnings():  # of characters that its font lacks
+        warnings.simplefilter("ignore", UserWarning)
+        figure.savefig(path, dpi=110, format="png")
+
+
+def _drawable(values: Sequence[float]) -> Any:
+    """Return numbers as an array, with a gap where no axis of matplotlib goes."""
+    array = np.array(values, float)
+    array[~(np.abs(array) <= 1e30)] = math.nan
+    array[np.abs(array) < 1e-30] = 0
+    return array
+
+
+def _drawn(text: str) -> str:
+    """Return what matplotlib draws as this text: else dollars enclose a formula.
+
+    A label that begins with an underscore would be left out.
+    """
+    text = printable(text).replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
 
 
 @command
@@ -469,14 +501,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = "-".join(run.name.replace("/", "-").strip("-.") for run in runs)
     one = options.runs[0] / "report.html" if len(runs) == 1 else None
     out = options.out or one or Path(f"report-{names}.html")
+    text, image = page(runs).encode(errors="backslashreplace"), io.BytesIO()
+    picture(runs, image, axis=options.axis)
     try:
-        text = page(runs)
         out.parent.mkdir(parents=True, exist_ok=True)
-        picture(runs, out.with_suffix(".png"), axis=options.axis)
-        out.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{out}: {error.strerror}; set another --out") from error
-    print(f"{out} and {out.with_suffix('.png').name}: {counted(len(runs), 'run')}")
+        for path, content in ((out.with_suffix(".png"), image.getvalue()), (out, text)):
+            if options.out:
+                path.write_bytes(content)
+            else:  # a link in a run folder may lead anywhere: it is replaced
+                write_atomically(path, content)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{out}: {reason}; set another --out") from error
+    say(f"{out} and {out.with_suffix('.png').name}: {counted(len(runs), 'run')}")
     return 0
 
 

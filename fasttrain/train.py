@@ -20,7 +20,9 @@ from typing import NoReturn
 from fasttrain.command import EXIT_FAILED, EXIT_STOPPED, check_system, command, make_parser
 from fasttrain.config import TrainConfig, UserError, load_config
 from fasttrain.config.load import config_file, help_text, nearest_keys, shipped_configs
+from fasttrain.config.trust import refuse_foreign_keys
 from fasttrain.distributed.launch import adopt
+from fasttrain.printing import say
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -49,6 +51,9 @@ def _parser() -> argparse.ArgumentParser:
     change = "a key that may differ from the resumed run's; repeatable"
     add("--allow-change", action="append", default=[], metavar="section.key", help=change)
     look = "only report what the run needs and what may harm it, as fasttrain.preflight does"
+    trust = "take all keys of a resumed run's own config, also those that lead to code of others "
+    trust += "or to other folders: eval.tasks_path, data.cache_dir, checkpoint.mirror"
+    add("--trust", action="store_true", help=trust)
     add("--dry-run", action="store_true", help=look)
     prove = "only prove that resuming works: N steps in one process and in two must give "
     add("--verify-resume", type=int, metavar="N", help=prove + "identical bits")
@@ -67,7 +72,10 @@ def _config_held_by(
 
     run_dir = run_dir_above(resumed, option)
     held = [folder / "config.toml" for folder in (resumed, run_dir)]
-    config = load_config(next(filter(Path.is_file, held), held[-1]), overrides)
+    path = next(filter(Path.is_file, held), None)
+    if path is None:
+        raise UserError(f"{option} {resumed}: {held[-1]} is missing; name a config as well")
+    config = load_config(path, overrides)
     given = {override.partition("=")[0].strip() for override in overrides}
     name = run_dir.resolve().name
     settings = config.run
@@ -123,12 +131,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.overwrite and arguments.resume in (None, "auto"):
         parser.error("--overwrite is for --resume CHECKPOINT, which it continues in its own folder")
 
+    of_others = given is None  # the run's own config, which may come from anybody
     only_looks = arguments.dry_run or arguments.verify_resume is not None
     was_saved = arguments.resume not in (None, "auto") and not only_looks
 
     def interrupted(number: int) -> int:
         what = "resume as before" if was_saved else "nothing to resume"
-        print(f"interrupted before the first step; {what}", file=sys.stderr, flush=True)
+        say(f"interrupted before the first step; {what}", stream=sys.stderr)
         return EXIT_STOPPED if was_saved else 128 + number  # as a shell reports it
 
     try:
@@ -159,6 +168,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             else:
                 config = load_config(given, arguments.overrides)
                 name, config_path = Path(given).stem, config_file(given)
+            if of_others and not arguments.trust:
+                origin = source or address
+                refuse_foreign_keys(config, arguments.overrides, origin, at_address="://" in origin)
             if arguments.resume == "auto" and not only_looks:
                 runs = f"{glob.escape(config.run.name or name)}*"
                 was_saved = any(Path(config.run.out_dir).glob(f"{runs}/checkpoints/step-*"))

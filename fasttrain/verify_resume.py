@@ -20,6 +20,7 @@ from fasttrain import checkpoint
 from fasttrain.command import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, tell
 from fasttrain.config import TrainConfig, UserError, config_to_toml, counted
 from fasttrain.log.console import format_duration
+from fasttrain.printing import say
 from fasttrain.run.signals import interruptible
 
 
@@ -62,10 +63,10 @@ def verify_resume(config: TrainConfig, n_steps: int) -> int:
         (given := Path(temporary.name) / "config.toml").write_text(config_to_toml(config), "utf-8")
         for name, stop, what in parts:
             started = time.perf_counter()
-            print(f"{what} … ", end="", flush=True)
+            say(f"{what} … ", end="")
             part = [f"run.name={name}", f"--stop-at-step={stop}", "--resume=auto"]
             status, errors = _train([str(given), *keys, *part])
-            print(format_duration(time.perf_counter() - started), flush=True)
+            say(format_duration(time.perf_counter() - started))
             if status not in (EXIT_DONE, EXIT_STOPPED):
                 keep = status != EXIT_BAD_INPUT  # which leaves nothing to look at
                 tell(errors.strip() or f"exit status {status}")
@@ -79,9 +80,9 @@ def verify_resume(config: TrainConfig, n_steps: int) -> int:
         difference, compared = first_difference(folder / "one", folder / "two")
         keep = difference is not None
         if difference is None:
-            print(f"resuming is exact: {compared} are equal bit for bit after {n_steps} steps")
+            say(f"resuming is exact: {compared} are equal bit for bit after {n_steps} steps")
             return EXIT_DONE
-        print(f"RESUMING IS NOT EXACT: first difference: {difference} (runs kept in {folder})")
+        say(f"RESUMING IS NOT EXACT: first difference: {difference} (runs kept in {folder})")
         return EXIT_FAILED
     finally:
         temporary.cleanup()

@@ -8,6 +8,7 @@ from fasttrain.checkpoint import CheckpointError, verify
 from fasttrain.checkpoint import files as disk
 from fasttrain.command import EXIT_DONE, EXIT_FAILED, command, make_parser
 from fasttrain.config import config_to_toml
+from fasttrain.printing import printable, say
 
 
 @command
@@ -17,26 +18,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("path", type=Path, metavar="RUN_OR_CHECKPOINT_FOLDER")
     damaged, shown = False, False
     for path in disk.candidates(parser.parse_args(arguments).path):
-        print(path)
+        say(str(path))
         found, verdict = None, "every byte is as it was written; config and state can be resumed"
         try:
             found = verify(path)
         except CheckpointError as error:
             damaged, verdict = True, str(error)
         for file in sorted(path.iterdir()) if path.is_dir() else []:
-            line = f"  {file.name:<24} {file.lstat().st_size:>15,} bytes"
+            line = f"  {printable(file.name):<24} {file.lstat().st_size:>15,} bytes"
             if found and file.name in found.files:
                 sizes = [tensor.numel() for tensor in disk.map_tensors(file).values()]
                 line += f" {len(sizes):>7,} tensors {sum(sizes):>15,} parameters"
-            print(line)
-        print(f"  {'verified' if found else 'DAMAGED'}: {verdict}")
+            say(line)
+        say(f"  {'verified' if found else 'DAMAGED'}: {verdict}")
         if found and not shown:
             shown = True
             for parent in found.state.get("lineage", []):
-                print("  branched off {run} at step {step}".format(**parent))
+                say("  branched off {run} at step {step}".format(**parent))
             for change in found.state.get("history", []):
-                print("  changed at step {step}: {key}: {old} → {new} ({when})".format(**change))
-            print(config_to_toml(found.config))
+                say("  changed at step {step}: {key}: {old} → {new} ({when})".format(**change))
+            say(config_to_toml(found.config))
     return EXIT_FAILED if damaged else EXIT_DONE
 
 

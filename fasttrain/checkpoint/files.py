@@ -11,6 +11,8 @@ import hashlib
 import json
 import os
 import re
+import secrets
+import socket
 import sys
 import threading
 from collections.abc import Iterator, Mapping
@@ -36,6 +38,13 @@ _WRITE = 16 << 20  # bytes handed to the disk at once
 _NICE = 15
 JSON_LIMIT = 4 << 20  # bytes; 30,000 tensors or shards: a hostile one takes 24 times that, parsed
 STEP = re.compile(r"(?:\.old-)?step-(\d{8,18})(?:-c\d+)?")  # -c7: a copy of the seventh commit
+# What saves and mirrors leave where they are cut off; with the mark of the process, if it is new.
+LEFTOVER = re.compile(
+    r"\.old-step-\d{8,18}(?:-c\d+)?"
+    r"|\.tmp-(?:latest|best|metrics\.jsonl|samples\.txt|tokenizer\.json"
+    r"|(?:removed-)?step-\d{8,18}(?:-c\d+)?(?:-(?:([0-9a-f]{24})|[0-9a-f]{16}))?(?:-\d+)?"
+    r"|(?:\.tmp-)?failed-[0-9a-f]{16,24}-\d+)"
+)
 FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}")
 # Windows lacks some of these flags, and opens files as text without its own.
 _READING, _CREATING = (
@@ -272,8 +281,8 @@ def point(pointer: Path, name: str) -> None:
 
 
 def pointed(pointer: Path) -> str:
-    with contextlib.suppress(OSError):
-        return pointer.read_text(errors="replace").strip()
+    with contextlib.suppress(OSError, UserError):
+        return untrusted.read_regular(pointer, JSON_LIMIT).decode(errors="replace").strip()
     return ""
 
 
@@ -306,13 +315,38 @@ def failing(what: str) -> Iterator[None]:
 
 
 def sweep(folder: Path, spare: str) -> None:
-    """Remove what saves left unfinished, but names that hold ``spare``; put back what was moved."""
+    """Remove what saves left unfinished, but names that hold ``spare``; put back what was moved.
+
+    Names of other kinds stay: the folder may be anybody's. So do those of a process that runs.
+    """
     for name in sorted(os.listdir(folder)):
         target = folder / name.removeprefix(".old-")
-        if name.startswith(".old-step-") and not target.exists():
+        if name[0] == "." and STEP.fullmatch(name) and not target.exists():
             os.rename(folder / name, target)
-        elif name.startswith((".tmp-", ".old-")) and spare not in name:
+        elif (match := LEFTOVER.fullmatch(name)) and spare not in name and not _runs(match[1]):
             remove(folder / name)
+
+
+def new_mark() -> str:
+    """Return what the temporary names of one writer have in common: its host, process, a number."""
+    return f"{_host()}{os.getpid():08x}{secrets.token_hex(6)}"
+
+
+def _host() -> str:
+    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:4]
+
+
+def _runs(mark: str | None) -> bool:
+    """Return whether another process of this machine, which does, made names with this mark."""
+    if mark is None or mark[:4] != _host() or (pid := int(mark[4:12], 16)) == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it is another user's
+        pass
+    return True
 
 
 # What JSON of a checkpoint has to hold.

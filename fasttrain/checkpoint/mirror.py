@@ -1,15 +1,20 @@
 """Copies of a run's checkpoints at another address: in an object store, or on another mount.
 
     ADDRESS/base/  config.toml  metrics.jsonl  samples.txt  tokenizer.json
+                   mirror.json                     the copies that a mirror made
                    checkpoints/step-00001000-c7/   as on the disk; c7: the run's seventh commit
 
 A copy counts once it has its manifest, which is written last and removed first. None is written
 over: a step that is saved again is another commit. So an upload that is cut off, at whatever point,
 leaves the copies that were whole as they were. What is brought back is hashed before it is used.
+Nothing is removed but copies that ``mirror.json`` names: the rest was put there by others.
 """
 
 import contextlib
+import json
 import os
+import re
+import secrets
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -21,6 +26,7 @@ from fasttrain.checkpoint import files as disk
 from fasttrain.checkpoint.files import MANIFEST, STEP, CheckpointError
 from fasttrain.checkpoint.reading import resolve, verify
 from fasttrain.config import UserError, counted
+from fasttrain.config.untrusted import json_object, read_regular, refuse_links
 from fasttrain.data.files import (
     TRANSFER_S,
     file_system,
@@ -35,6 +41,8 @@ from fasttrain.data.files import (
 
 # What else of its folder a run continues on another machine, or generates text with.
 _BESIDE = {"metrics.jsonl", "samples.txt", "tokenizer.json"}
+RECORD = "mirror.json"
+_COPY = re.compile(r"step-\d{8,18}-c\d+")
 
 _Tell = Callable[[str], None]
 _Copies = dict[str, dict[str, Any] | None]  # manifests by folder; {}: cut off; None: damaged
@@ -57,14 +65,19 @@ class Mirror:
         self.copying: Path | None = None  # the checkpoint that may not be removed now
         self._due, self._lock = False, threading.Lock()
         self._thread: threading.Thread | None = None
+        self._own: set[str] = set()  # the copies that a mirror made, of this session or before
+        self._mark = ""  # of this session, in the record; "": it was not written yet
         fs, path = file_system(self.address)
-        if "file" in fs.protocol and Path(path).resolve() == run_dir.resolve():
-            raise UserError(f"checkpoint.mirror = {address}: is run.out_dir; name another disk")
+        if "file" in fs.protocol:
+            if _is_same(Path(path), run_dir):
+                raise UserError(f"checkpoint.mirror = {address}: is run.out_dir; name another disk")
+            refuse_links(Path(path).parent, [run_dir.name, f"{run_dir.name}/checkpoints"])
 
     def copies(self) -> _Copies:
         """Return the copies, the newest commit first."""
         found: _Copies = {}
-        for name in filter(STEP.fullmatch, names_at(f"{self.address}/checkpoints")):
+        listed = names_at(f"{self.address}/checkpoints")
+        for name in (name for name in listed if STEP.fullmatch(name) and name[0] != "."):
             sizes = names_at(where := f"{self.address}/checkpoints/{name}")
             found[name] = None if MANIFEST in sizes else {}
             if sizes.get(MANIFEST, disk.JSON_LIMIT + 1) <= disk.JSON_LIMIT:
@@ -72,7 +85,9 @@ class Mirror:
                     text = remote(f"{where}/{MANIFEST}", "cat_file")
                     files = (manifest := disk.parse_manifest(where, text))["files"]
                     whole = all(sizes.get(file) == entry["bytes"] for file, entry in files.items())
-                    found[name] = manifest if whole and name == _name(manifest) else None
+                    # Without its commit in its name, a checkpoint was copied there by others.
+                    known = name in (_name(manifest), _name(manifest).partition("-c")[0])
+                    found[name] = manifest if whole and known else None
         commits = {name: manifest["commit"] for name, manifest in found.items() if manifest}
         self.last_commit = max([self.last_commit, *commits.values()])
         return {n: found[n] for n in sorted(found, key=lambda n: -commits.get(n, 0))}
@@ -100,7 +115,8 @@ class Mirror:
         if (best := disk.best(copies)) and (best == newest or self._fetch(best, copies)):
             pointers = {"best": best, **pointers}
         for name in names_at(self.address).keys() & _BESIDE:
-            remote(f"{self.address}/{name}", "get_file", str(part := self.folder / f".tmp-{name}"))
+            disk.remove(part := self.folder / f".tmp-{name}")  # which may be a link
+            remote(f"{self.address}/{name}", "get_file", str(part))
             os.replace(part, self.run_dir / name)
         # The newest comes last: cut off before it, all of this is done again.
         for pointer, name in pointers.items():
@@ -156,6 +172,8 @@ class Mirror:
             self.copying = None
 
     def _copy_new(self) -> None:
+        if not self._mark:
+            self._begin_record()
         copies, best = self.copies(), disk.pointed(self.folder / "best")
         saved = [(path, m) for path, m in disk.history(self.folder) if m]
         wanted = [(path, m) for path, m in saved if path == saved[0][0] or path.name == best]
@@ -167,14 +185,22 @@ class Mirror:
         if short := [_name(m) for _, m in missing if copies.get(_name(m), {}) is None]:
             raise CheckpointError(f"{self.shown}: {short[0]} did not come there whole")
         whole = [name for name, manifest in copies.items() if manifest]
-        for name in copies.keys() - {*whole[: self.keep_last], disk.best(copies)} if whole else ():
+        spared = {*whole[: self.keep_last], disk.best(copies)}
+        for name in (copies.keys() & self._own) - spared if whole else ():
             self._remove(name)
 
     def _copy(self, path: Path, manifest: dict[str, Any]) -> None:
         """Copy a checkpoint, unless it is saved again or removed meanwhile: then another is due."""
-        where, sealed, problem = f"checkpoints/{_name(manifest)}", disk.seal(manifest), None
+        name, sealed, problem = _name(manifest), disk.seal(manifest), None
+        where = f"checkpoints/{name}"
         try:
-            self._remove(_name(manifest))  # what was cut off
+            if name in self._own:
+                self._remove(name)  # what was cut off
+            elif names_at(f"{self.address}/{where}"):
+                remedy = "remove it or name another checkpoint.mirror"
+                raise UserError(f"{self.shown}/{where}: is there, and no mirror made it; {remedy}")
+            self._own.add(name)
+            self._write_record()
             for file, entry in manifest["files"].items():
                 disk.read_file(path / file, entry)
                 self.put(f"{where}/{file}", path / file)
@@ -197,6 +223,30 @@ class Mirror:
             for folder in Path(path).parents[:2]:
                 sync_folder(folder)
 
+    def _begin_record(self) -> None:
+        """Read which copies are a mirror's; refuse an address that is the run folder itself."""
+        text = b""
+        if 0 < names_at(self.address).get(RECORD, 0) <= disk.JSON_LIMIT:
+            text = remote(f"{self.address}/{RECORD}", "cat_file")
+        record = json_object(text) or {}
+        named = record.get("copies")
+        known = [name for name in named if isinstance(name, str)] if type(named) is list else []
+        self._own |= set(filter(_COPY.fullmatch, known))
+        self._mark = secrets.token_hex(8)
+        self._write_record()
+        # By another mount it may have another device. What was written there is then here as well.
+        with contextlib.suppress(OSError, UserError):
+            here = json_object(read_regular(self.run_dir / RECORD, disk.JSON_LIMIT)) or {}
+            if here.get("mark") == self._mark:
+                disk.remove(self.run_dir / RECORD)
+                self._mark = ""
+        if not self._mark:
+            raise UserError(f"{self.shown} is the run folder itself; name another disk")
+
+    def _write_record(self) -> None:
+        record = {"mark": self._mark, "copies": sorted(self._own)}
+        self.put(RECORD, json.dumps(record, indent=1).encode())
+
     def _remove(self, name: str) -> None:
         if_there(f"{self.address}/checkpoints/{name}/{MANIFEST}", "rm_file")
         if_there(f"{self.address}/checkpoints/{name}", "rm", recursive=True)
@@ -208,6 +258,15 @@ def config_at(address: str) -> Iterator[str]:
     with tempfile.TemporaryDirectory() as folder:
         remote(f"{address}/config.toml", "get_file", path := os.path.join(folder, "config.toml"))
         yield path
+
+
+def _is_same(path: Path, run_dir: Path) -> bool:
+    """Return whether two paths are one folder, by whatever names and mounts, or will be."""
+    with contextlib.suppress(OSError):
+        if path.exists() and run_dir.exists():
+            return path.samefile(run_dir)
+        return path.name == run_dir.name and path.parent.samefile(run_dir.parent)
+    return path.resolve() == run_dir.resolve()
 
 
 def _name(manifest: dict[str, Any]) -> str:

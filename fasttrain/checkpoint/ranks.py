@@ -15,7 +15,6 @@ the manifest of this very save.
 import hashlib
 import os
 import re
-import secrets
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -132,7 +131,7 @@ class Ranks:
 
     def __init__(self, world: World, patience_s: float) -> None:
         self.rank, self.size, self.patience_s = world.rank, world.size, patience_s
-        self.mark = f"-{world.share(secrets.token_hex(8))}-"
+        self.mark = f"-{world.share(disk.new_mark())}-"
         self.abandoned = threading.Event()
 
     def hand_in(self, partial: Path, **record: Any) -> None:

@@ -1,10 +1,13 @@
-"""JSON that anybody may have written: bounded in bytes, values and depth before it is used.
+"""Files that anybody may have written, and places where anybody may have put a link.
+
+JSON is bounded in bytes, values and depth before it is used.
 
 Python takes 72 bytes for the three characters of ``{},`` and four for each character of a text that
 holds a single emoji. Within these bounds a file costs less than 300 MB. Standard library only.
 """
 
 import contextlib
+import errno
 import json
 import os
 import reprlib
@@ -19,6 +22,9 @@ from fasttrain.config.keys import UserError, is_a
 MAX_BYTES = 32 << 20  # 100,000 shards or tensors
 _MAX_VALUES = 2_000_000
 _MAX_DEPTH = 32  # what shows or stores a value recurses
+# Windows lacks these flags.
+_NO_WAIT = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
+_OWN = _NO_WAIT | getattr(os, "O_NOFOLLOW", 0)
 _NAMES: dict[Any, str] = {int: "count", float: "number", str: "string", bool: "truth value"}
 _NAMES |= {types.NoneType: "null"}
 
@@ -29,19 +35,73 @@ def read_json(path: Path, remedy: str, error: type[UserError] = UserError) -> di
     Refused are pipes, what is no JSON object, and what is larger or deeper than any that is needed.
     """
     try:
-        with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
-            found = os.fstat(file.fileno())
-            if not stat.S_ISREG(found.st_mode):
-                raise error(f"{path}: not a file; {remedy}")
-            if found.st_size > MAX_BYTES:
-                raise error(f"{path}: {found.st_size} bytes, at most {MAX_BYTES} are credible")
-            text = file.read(MAX_BYTES)
+        text = read_regular(path, MAX_BYTES)
+    except UserError as problem:
+        raise error(f"{problem}; {remedy}") from None
     except FileNotFoundError:
         raise error(f"{path}: there is no such file; {remedy}") from None
     except (OSError, ValueError) as problem:  # ValueError: a NUL in its name
         reason = getattr(problem, "strerror", None) or problem
         raise error(f"{path}: cannot be read ({reason}); {remedy}") from problem
     return parse_json(text, path, remedy, error)
+
+
+def read_regular(path: Path, max_bytes: int) -> bytes:
+    """Return what a file holds.
+
+    Raises:
+        UserError: it is no regular file, such as a pipe, which would block, or it is larger.
+        OSError: it cannot be read.
+    """
+    with open(os.open(path, os.O_RDONLY | _NO_WAIT), "rb") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise UserError(f"{path}: not a file")
+        if status.st_size > max_bytes:
+            raise UserError(f"{path}: {status.st_size} bytes, at most {max_bytes} are credible")
+        return file.read(max_bytes)
+
+
+def open_own(path: Path, flags: int) -> int:
+    """Open a file that a run writes, and make it if it is missing; return its descriptor.
+
+    A run folder may come from anywhere. What is written into it stays in it: no link is followed.
+
+    Args:
+        path: where the file is to be.
+        flags: of `os.open`, such as ``os.O_WRONLY | os.O_APPEND``; nothing may be cut off by them.
+
+    Raises:
+        UserError: it is a link, has another name elsewhere (a hard link), or is no regular file.
+        OSError: it cannot be opened.
+    """
+    remedy = "remove it, or put a copy of the file in its place"
+    try:
+        descriptor = os.open(path, flags | os.O_CREAT | _OWN, 0o666)
+    except OSError as error:
+        if path.is_symlink():
+            problem = "is a symbolic link, and what a run writes stays in its folder"
+            raise UserError(f"{path}: {problem}; {remedy}") from error
+        if error.errno == errno.ENXIO:  # a pipe that nobody reads
+            raise UserError(f"{path}: not a file; {remedy}") from error
+        raise
+    status = os.fstat(descriptor)
+    if stat.S_ISREG(status.st_mode) and status.st_nlink <= 1:
+        return descriptor
+    if os.path.samestat(status, os.stat(os.devnull)):  # takes all and keeps nothing
+        return descriptor
+    os.close(descriptor)
+    linked = "has another name elsewhere (a hard link), which would change with it"
+    problem = linked if stat.S_ISREG(status.st_mode) else "not a file"
+    raise UserError(f"{path}: {problem}; {remedy}")
+
+
+def refuse_links(folder: Path, names: Iterable[str]) -> None:
+    """Raise UserError if one of these names in a folder is a symbolic link."""
+    for path in map(folder.joinpath, names):
+        if path.is_symlink():
+            problem = "is a symbolic link, and what a run writes stays in its folder"
+            raise UserError(f"{path}: {problem}; remove it, or move what it leads to here")
 
 
 def parse_json(

@@ -6,6 +6,7 @@ import importlib
 import os
 import re
 import secrets
+import stat
 import sys
 import tempfile
 import time
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from fasttrain.config import UserError
+from fasttrain.config.untrusted import open_own
+from fasttrain.printing import say
 
 ATTEMPTS, PAUSE_S = 5, 1.0  # at an address; the pause doubles after each
 STALL_S = 60.0  # an attempt that takes longer has failed
@@ -44,7 +47,7 @@ def warn_of_lack(folder: Path, what: str, error: OSError, risk: str) -> None:
         lack = (what, folder.stat().st_dev)
         if lack not in _warned and os.environ.get("RANK", "0") == "0":
             said = f"warning: the file system of {folder} {what} ({error.strerror}): {risk}"
-            print(said, file=sys.stderr, flush=True)
+            say(said, stream=sys.stderr)
         _warned.add(lack)
 
 
@@ -68,6 +71,8 @@ def file_system(address: str) -> tuple[Any, str]:
 
     Credentials are those that s3fs, gcsfs, huggingface_hub and fsspec's own settings find.
     """
+    if "reference:" in address:  # runs templates that its file holds
+        raise DataError(f"{shown(address)}: addresses that a file makes up are not followed")
     try:
         return cast(tuple[Any, str], importlib.import_module("fsspec.core").url_to_fs(address))
     except ImportError as error:
@@ -145,6 +150,8 @@ def put(address: str, content: Path | bytes) -> None:
     part = address if fs.async_impl else f"{address}.part"  # object stores see to it themselves
     if part != address:  # and have no folders
         remote(address.rpartition("/")[0], "makedirs", exist_ok=True)
+    if "file" in fs.protocol:  # a link, which others may have put there, would be followed
+        Path(file_system(part)[1]).unlink(missing_ok=True)
     if isinstance(content, bytes):
         remote(part, "pipe_file", content)
     else:
@@ -208,10 +215,29 @@ def cache_folder(cache_dir: str | Path | None = None) -> Path:
         with suppress(OSError):
             folder.mkdir(mode=mode, parents=True, exist_ok=True)
             # In a shared folder for temporary files, a folder of that name may be somebody else's.
-            if os.access(folder, os.W_OK) and (cache_dir or folder.stat().st_uid == os.getuid()):
+            if os.access(folder, os.W_OK) and (cache_dir or _is_own(folder)):
                 return folder
     tried, remedy = " and ".join(map(str, choices)), "name a writable one with data.cache_dir"
     raise DataError(f"no folder to cache in ({tried} cannot be written); {remedy}")
+
+
+def _is_own(folder: Path) -> bool:
+    """Return whether a folder belongs to this user, and what leads to it is no link of another."""
+    status, link = folder.stat(), folder.lstat()
+    return status.st_uid == link.st_uid == os.getuid() and not status.st_mode & stat.S_IWOTH
+
+
+def beneath(folder: Path, address: str) -> Path:
+    """Return where in a folder to keep what comes from an address: beneath it, however that reads.
+
+    It reads as the address does, less user, password and query, or has its hash for a name, where
+    a part of that is no plain name.
+    """
+    scheme, _, path = shown(address).partition("://")
+    parts = [scheme, *path.split("/")]
+    if all(re.fullmatch(r"[A-Za-z0-9_][\w.:-]{0,100}", part, re.ASCII) for part in parts):
+        return folder.joinpath(*parts)
+    return folder / hashlib.sha256(shown(address).encode()).hexdigest()[:32]
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -261,8 +287,11 @@ def sync_folder(folder: Path) -> None:
 
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file's bytes, as hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def lock(path: Path, *, wait: bool = False) -> int:
@@ -275,7 +304,7 @@ def lock(path: Path, *, wait: bool = False) -> int:
     """
     import fcntl  # Windows has none
 
-    descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
+    descriptor = open_own(path, os.O_RDWR)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError as error:

@@ -20,7 +20,7 @@ from fasttrain.config import DataConfig
 from fasttrain.config.untrusted import misfit, read_json
 from fasttrain.data import files as store
 from fasttrain.data.dataset import Shard, ShardInfo, TokenDataset, dtype_for
-from fasttrain.data.files import DataError, is_address, sha256_of, shown, write_atomically
+from fasttrain.data.files import DataError, is_address, sha256_of, write_atomically
 from fasttrain.data.remote import RemoteShard, ShardCache, beside
 
 DATASET_JSON = "dataset.json"
@@ -158,7 +158,7 @@ def open_dataset(
 
 def fetch_description(address: str, cache: Path) -> Path:
     """Fetch `dataset.json` and the tokenizer of a dataset at an address; return their folder."""
-    folder = cache / "remote" / shown(address).replace("://", "/")
+    folder = store.beneath(cache / "remote", address)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / DATASET_JSON, store.remote(beside(address, DATASET_JSON), "cat_file"))
     entry = read_dataset_json(folder)["tokenizer"]

@@ -16,12 +16,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
+from fasttrain.config.untrusted import open_own
 from fasttrain.data.dataset import HEADER_BYTES, Array, Shard, ShardInfo, dtype_for
 from fasttrain.data.files import RANGE_BYTES, DataError, NoLocks, lock, read_range, shown
 
 FETCHERS = 8  # threads that fetch ahead, each a file
 ATTEMPTS = 3  # to get the right bytes, and to open a file before another one takes its room
 STALE_S = 3600.0  # without locks, a file that was not written to for so long is no longer fetched
+# What is kept: a file, or one that is being fetched, with its writer's number where locks lack.
+_OWN_NAME = re.compile(r"[0-9a-f]{64}(\.[0-9-]+)?\.(bin|part)")
 T = TypeVar("T")
 
 
@@ -77,7 +80,9 @@ class ShardCache:
 
         with _held(self.folder / "lock") as locked:
             uses = {shard.sha256: n for n, shard in enumerate(self._coming)}
-            found = {path: path.stat() for path in self.folder.iterdir()}
+            # The folder may hold files of others: they do not count, and stay.
+            own = (path for path in self.folder.iterdir() if _OWN_NAME.fullmatch(path.name))
+            found = {path: path.lstat() for path in own}
             excess = sum(kept.st_size for kept in found.values()) + n_bytes - self.limit
             # What is never needed goes first, then what is needed last.
             last = {p: (-uses.get(p.stem, math.inf), p.suffix == ".bin") for p in found}
@@ -86,7 +91,8 @@ class ShardCache:
                     path.unlink()
                     excess -= found[path].st_size
             if excess <= 0:
-                with part.open("wb") as out:
+                with open(open_own(part, os.O_RDWR), "r+b") as out:
+                    out.truncate(0)
                     out.truncate(n_bytes)
             return excess <= 0
 

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fasttrain.distributed.world import World
+from fasttrain.printing import say
 
 PR_SET_PDEATHSIG = 1  # of prctl(2)
 LISTEN_EVERY_S = 0.5
@@ -159,6 +160,6 @@ class Lockstep:
             "(distributed.timeout_s; before the first step distributed.init_timeout_s): this rank "
             "hangs, or one that it waits for is stopped or out of reach. Where each thread is:\n"
         )
-        print(message, file=sys.stderr, flush=True, end="")
+        say(message, end="", stream=sys.stderr)
         faulthandler.dump_traceback(all_threads=True)
         os._exit(1)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from fasttrain.config.keys import counted
-from fasttrain.data.files import DataError
+from fasttrain.data.files import DataError, write_atomically
 from fasttrain.data.loader import Loader
 from fasttrain.data.tokenizer import load_tokenizer
 from fasttrain.engine.saving import Saver
@@ -64,7 +64,7 @@ def write_report(fault: Fault, loader: Loader, n_micro_batches: int, run_dir: Pa
                 else:
                     line["text"] = tokenizer.decode(tokens, skip_special_tokens=False)
                 lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-    path.write_text("".join(lines), encoding="utf-8")
+    write_atomically(path, "".join(lines).encode())
     return path
 
 

@@ -17,6 +17,7 @@ from fasttrain.log import metrics
 from fasttrain.log.console import Console
 from fasttrain.log.sinks import LogFile, Sinks
 from fasttrain.model.transformer import Transformer
+from fasttrain.printing import printable
 
 
 class _Nothing:
@@ -114,7 +115,7 @@ class Reporter:
     def sample(self, prompt: str, text: str) -> None:
         """Write a prompt and how the model continued it."""
         self.console.sample(self.state.step, prompt, text)
-        self.samples.write(redact(f"--- step {self.state.step}\n{prompt}{text}\n"))
+        self.samples.write(printable(redact(f"--- step {self.state.step}\n{prompt}{text}\n")))
 
     def drop_after(self, step: int) -> None:
         """Remove the rows and samples of steps after ``step``, from which the run continues."""

@@ -27,6 +27,7 @@ from rich.text import Text
 
 from fasttrain.command import redact
 from fasttrain.log.sinks import LogFile
+from fasttrain.printing import printable, say
 
 _REFRESH_S = 0.2  # a redraw takes 0.25 ms of a CPU core
 _ROWS_PER_HEADING = 20
@@ -67,8 +68,7 @@ def clean(text: str) -> str:
 
     Line ends become newlines, tabs spaces, and other control characters their escapes.
     """
-    text = text.replace("\r\n", "\n").replace("\t", "    ")
-    return "".join(c if c == "\n" or c.isprintable() else ascii(c)[1:-1] for c in text)
+    return printable(text.replace("\r\n", "\n").replace("\t", "    "))
 
 
 def _shown(text: str) -> str:
@@ -263,7 +263,7 @@ class Console:
             self._rich.print(drawn)
         else:
             try:
-                print(plain, flush=True)
+                say(plain)
             except OSError as error:  # training continues without a reader or space on the disk
                 if isinstance(error, BrokenPipeError):
                     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -7,47 +7,54 @@ import importlib.util
 import math
 import os
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
-from itertools import compress
 from pathlib import Path
-from typing import Any, Literal, TextIO, get_args
+from typing import Any, Literal, Protocol, TextIO, get_args
 
 from fasttrain.command import redact, tell
 from fasttrain.config import TrainConfig, UserError, config_to_toml
 from fasttrain.config.keys import refuse
-from fasttrain.config.untrusted import json_object
+from fasttrain.config.untrusted import json_object, open_own, read_regular, refuse_links
+from fasttrain.data.files import write_atomically
 from fasttrain.log.metrics import json_line
 
 Kind = Literal["train", "eval", "tasks"]
 Row = Mapping[str, Any]
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+MAX_LINE = 1 << 20  # bytes: a longer line is taken as one that was cut off
 
 
 class LogFile:
     """A text file that lines are appended to, handed to the system at once; made if missing.
 
-    A full disk does not end the run: lines wait in a buffer of 8 KiB and are written with the next
-    that can be; what does not fit in it is lost, a line at a time.
+    A full or broken disk does not end the run: lines wait in a buffer of 8 KiB and are written with
+    the next that can be; what does not fit in it is lost, a line at a time.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path, self._full = path, False
+        self.path, self._failed = path, False
         self._file: TextIO | None = None
 
     def write(self, lines: str) -> None:
-        """Append whole lines; also after `close`."""
+        """Append whole lines; also after `close`.
+
+        Raises:
+            UserError: a link or something else than a file lies there.
+        """
         try:
-            self._file = self._file or open(self.path, "a", 1, "utf-8")  # noqa: SIM115
+            if self._file is None:
+                descriptor = open_own(self.path, os.O_WRONLY | os.O_APPEND)
+                self._file = open(descriptor, "a", 1, "utf-8")  # noqa: SIM115
             self._file.write(lines)
-            self._full = False
+            self._failed = False
         except OSError as error:
-            if error.errno not in NO_SPACE:
-                raise
-            if not self._full:
+            if not self._failed:
+                full = error.errno in NO_SPACE
+                remedy = "free some space on this disk" if full else "check the file system"
                 with contextlib.suppress(OSError):  # standard error may lie on the same disk
-                    tell(f"warning: {self.path}: {error.strerror}; free some space on this disk")
-            self._full = True
+                    tell(f"warning: {self.path}: {error.strerror}; {remedy} (training goes on)")
+            self._failed = True
 
     def drop_after(self, step: int, step_of: Callable[[str], float | None]) -> None:
         """Drop lines of steps after ``step``, and one cut off by a crash; also on a full disk.
@@ -55,16 +62,24 @@ class LogFile:
         ``step_of`` returns the step of a line, None where it goes on with that of the line before.
         """
         self.close()
-        lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
-        texts = [line.decode("utf-8", "replace") for line in lines]
-        at, kept = 0.0, []
-        for text in texts:
-            at = at if (its := step_of(text)) is None else its
-            kept.append(at <= step and text.endswith(("\n", "\r")))
-        n_first = [*kept, False].index(False)
-        if n_first < len(lines):
-            os.truncate(self.path, sum(map(len, lines[:n_first])))
-            self.write("".join(compress(texts[n_first:], kept[n_first:])))  # a run leaves none
+        if not os.path.lexists(self.path):
+            return
+        at, n_kept = 0.0, 0  # the latter in bytes, up to the first line that is dropped
+        dropped, later = False, list[str]()
+        with open(open_own(self.path, os.O_RDWR), "r+b") as file:
+            for line in iter(lambda: file.readline(MAX_LINE), b""):
+                text = line.decode("utf-8", "replace")
+                at = at if (its := step_of(text)) is None else its
+                if at > step or not text.endswith("\n"):
+                    dropped = True
+                elif dropped:
+                    later.append(text)  # a run leaves none
+                else:
+                    n_kept += len(line)
+            if dropped:
+                file.truncate(n_kept)
+        if later:
+            self.write("".join(later))
             self.close()
 
     def close(self) -> None:
@@ -75,14 +90,28 @@ class LogFile:
         self._file = None
 
 
+class Sink(Protocol):
+    """What rows of numbers are written to."""
+
+    @property
+    def name(self) -> str: ...  # for messages
+
+    def write(self, kind: Kind, row: Row) -> None: ...
+
+    def drop_after(self, step: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class Sinks:
     """All that the rows of one run are written to: ``metrics.jsonl`` and what ``[log]`` asks for.
 
-    ``made_by`` is the run's provenance, for ``metrics.jsonl``. Call `check_packages` before.
+    ``made_by`` is the run's provenance, for ``metrics.jsonl``. Call `check_packages` before. What
+    fails while the run goes on is closed with a warning, and gets no more rows of this session.
     """
 
     def __init__(self, config: TrainConfig, folder: Path, made_by: Row | None = None) -> None:
-        self.all: list[JsonlLogger | CsvLogger | _TensorBoard | _Wandb] = []
+        self.all: list[Sink] = []
         if config.log.wandb_project:  # the only one that may refuse
             self.all.append(_Wandb(config, folder))
         self.all.append(JsonlLogger(folder / "metrics.jsonl", made_by))
@@ -93,18 +122,37 @@ class Sinks:
 
     def write(self, kind: Kind, row: Row) -> None:
         """Write a row of numbers, which names its ``step``."""
-        for sink in self.all:
-            sink.write(kind, row)
+        for sink in tuple(self.all):
+            with self._closing_if_it_fails(sink):
+                sink.write(kind, row)
 
     def drop_after(self, step: int) -> None:
         """Forget rows of steps after ``step``: the run continues from there."""
-        for sink in self.all:
-            sink.drop_after(step)
+        for sink in tuple(self.all):
+            with self._closing_if_it_fails(sink):
+                sink.drop_after(step)
 
     def close(self) -> None:
         """Write out what is left. May be called twice."""
         while self.all:
-            self.all.pop().close()
+            sink = self.all.pop()
+            with self._closing_if_it_fails(sink):
+                sink.close()
+
+    @contextlib.contextmanager
+    def _closing_if_it_fails(self, sink: "Sink") -> Iterator[None]:
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:  # of packages and disks; the run is worth more
+            if sink in self.all:
+                self.all.remove(sink)
+            with contextlib.suppress(Exception):
+                sink.close()
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(": ")
+            with contextlib.suppress(OSError):
+                tell(f"warning: {sink.name} gets no more rows: {reason} (training goes on)")
 
 
 def check_packages(config: TrainConfig) -> None:
@@ -125,9 +173,11 @@ class JsonlLogger:
     A line before the first of these rows says what they are ``made_by``.
     """
 
+    name = "metrics.jsonl"
+
     def __init__(self, path: Path, made_by: Row | None = None) -> None:
         self._file, self._made_by = LogFile(path), made_by
-        path.touch()  # a run folder is known by it
+        os.close(open_own(path, os.O_WRONLY))  # a run folder is known by it
         self._begin, self._has_head = 0, False  # the step that these rows begin after
 
     def write(self, kind: Kind, row: Row) -> None:
@@ -159,6 +209,8 @@ def _step_of_row(line: str) -> float:
 class CsvLogger:
     """Writes ``train.csv`` and ``eval.csv``; columns are the step and the keys of the first row."""
 
+    name = "log.csv"
+
     def __init__(self, folder: Path) -> None:
         self._files = {kind: LogFile(folder / f"{kind}.csv") for kind in get_args(Kind)}
         self._tables: dict[str, csv.DictWriter[str]] = {}
@@ -167,11 +219,13 @@ class CsvLogger:
         """Append a row; a key that the first row lacked is left out, a missing one is empty."""
         if kind not in self._tables:
             file = self._files[kind]
-            text = file.path.read_text("utf-8", "replace") if file.path.exists() else ""
-            columns = next(csv.reader(text.splitlines()[:1]), list({"step": 0, **row}))
+            with open(open_own(file.path, os.O_RDWR), encoding="utf-8", errors="replace") as head:
+                first_line = head.readline(MAX_LINE)
+            columns = next(csv.reader([first_line] if first_line else []), ["step", *row])
+            columns = list(dict.fromkeys(columns))
             table = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
             self._tables[kind] = table
-            if not text:
+            if not first_line:
                 table.writeheader()
         self._tables[kind].writerow(row)
 
@@ -194,6 +248,8 @@ def _step_of_cells(line: str) -> float:
 class _TensorBoard:
     """TensorBoard's event files in ``<run>/tensorboard``."""
 
+    name = "log.tensorboard"
+
     def __init__(self, folder: Path) -> None:
         self._folder = folder / "tensorboard"
         self._writer: Any = None
@@ -203,6 +259,7 @@ class _TensorBoard:
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter  # seconds of imports
 
+            refuse_links(self._folder.parent, [self._folder.name])
             self._writer = SummaryWriter(str(self._folder), purge_step=self._purge_step)
         for name, value in _numbers(kind, row).items():
             self._writer.add_scalar(name, value, row["step"])
@@ -212,18 +269,21 @@ class _TensorBoard:
         self._purge_step = step + 1
 
     def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.close()
 
 
 class _Wandb:
     """Weights & Biases; its files are in ``<run>/wandb``."""
 
+    name = "log.wandb_project"
+
     def __init__(self, config: TrainConfig, folder: Path) -> None:
         import wandb
 
         id_file = folder / "wandb" / "run-id"
+        refuse_links(folder, ["wandb", "wandb/run-id"])
         id_file.parent.mkdir(exist_ok=True)
         try:
             self._run: Any = wandb.init(
@@ -232,7 +292,7 @@ class _Wandb:
                 dir=str(folder),
                 config=tomllib.loads(config_to_toml(config, redact)),
                 mode=os.environ.get("WANDB_MODE") or config.log.wandb_mode,
-                id=id_file.read_text(encoding="utf-8") if id_file.exists() else None,
+                id=read_regular(id_file, 1024).decode() if id_file.exists() else None,
                 resume="allow",
                 settings=wandb.Settings(silent=True),
             )
@@ -240,7 +300,7 @@ class _Wandb:
             remedy = "log in with wandb login, or set log.wandb_mode=offline"
             problem = f"log.wandb_project: W&B could not begin ({error})"
             raise UserError(f"{problem}; {remedy}") from error
-        id_file.write_text(self._run.id, encoding="utf-8")
+        write_atomically(id_file, self._run.id.encode())
 
     def write(self, kind: Kind, row: Row) -> None:
         self._run.log({"step": row["step"], **_numbers(kind, row)})

@@ -186,6 +186,8 @@ class StepProfiler:
     def _start(self) -> None:
         folder, at_end = self._folder, self._at_end  # last first
         folder.mkdir(parents=True, exist_ok=True)
+        for name in ("memory.pickle", "trace.json"):  # which may be links
+            (folder / name).unlink(missing_ok=True)
         if self._device.type == "cuda":  # https://pytorch.org/memory_viz reads it
             record_memory_history(max_entries=MAX_MEMORY_EVENTS)
             at_end.callback(record_memory_history, enabled=None)

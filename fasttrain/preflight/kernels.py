@@ -24,6 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fasttrain.device import resolve_attention, resolve_device, resolve_precision
 from fasttrain.engine.memory import device_memory
+from fasttrain.printing import say
 
 # A logit of `linear_cross_entropy_reference` in fp64 costs most: it and its gradients at the peak.
 LOSS_BYTES = 44
@@ -134,14 +135,14 @@ def show_kernels(device_name: str) -> bool:
         all_right &= (right := report.error <= report.tolerance)  # NaN is not
         times = "  ".join(f"{name} {ms:.3g} ms" for name, ms in report.ms.items())
         fastest = min(report.ms, key=report.ms.__getitem__)
-        print(
+        say(
             f"{'pass' if right else 'FAIL'}  {report.name:<21} error {report.error:.1e} "
             f"(may be {report.tolerance:.1e})  {times}  fastest: {fastest}"
         )
-        print(f"      → {CHOICES[report.name]}")
+        say(f"      → {CHOICES[report.name]}")
     if device.type == "cuda":
         chosen = resolve_attention("auto", device, deterministic=False)
         shown = "  ".join(f"{k} {ms:.3g} ms" for k, ms in attention_ms(device, dtype).items())
-        print(f"      attention             {shown or 'neither flash nor cudnn runs here'}")
-        print(f"      → run.attention=auto takes {chosen}; set the faster one")
+        say(f"      attention             {shown or 'neither flash nor cudnn runs here'}")
+        say(f"      → run.attention=auto takes {chosen}; set the faster one")
     return all_right

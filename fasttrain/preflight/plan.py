@@ -25,6 +25,7 @@ from fasttrain.log import metrics
 from fasttrain.log.console import format_duration
 from fasttrain.model.runtime import prepare_process, resolve_compile
 from fasttrain.model.transformer import Transformer
+from fasttrain.printing import say
 from fasttrain.run.ending import describe
 from fasttrain.run.run import data_paths, open_splits
 
@@ -53,7 +54,7 @@ def preflight(
 
     def tell(label: str, *texts: str) -> None:
         for text in texts:
-            print(f"{label:<12} {text}")
+            say(f"{label:<12} {text}")
 
     device = resolve_device(config.run.device)
     precision = resolve_precision(config.run.dtype, device)
@@ -64,10 +65,10 @@ def preflight(
     missing = [line for path in data_paths(config) if (line := absent(path, vocab_size))]
     train = val = None
     if not missing or vocab_size is None:  # a model needs one of the two
-        config, train, val = open_splits(config, print)
+        config, train, val = open_splits(config, say)
     seq_len, loop = config.data.seq_len, config.train
     if isinstance(loop.micro_batch, str):
-        best = best_micro_batch(config, n_ranks, device, report=print)
+        best = best_micro_batch(config, n_ranks, device, report=say)
         loop = replace(loop, micro_batch=best)
     rows, n_micro, *_ = step_shape(loop, seq_len, n_ranks)
     config = replace(config, train=replace(loop, micro_batch=rows))
@@ -99,23 +100,23 @@ def preflight(
         runs = False
         tell("speed", f"not measured: a step of {flops:.3g} FLOPs takes minutes on a CPU")
     if runs:
-        print("measuring a few steps … (python -m fasttrain.preflight --no-probe leaves that out)")
+        say("measuring a few steps … (python -m fasttrain.preflight --no-probe leaves that out)")
     probed = probe_step(alone, device=device) if runs else None
     whose = "step and rank" if n_ranks > 1 else "step"
     tell("memory", f"of an eager {whose} on {device}, {precision.name}, at its peak:")
     for name, size in memory._asdict().items():
         if size or name != "gathered":  # which one process and DDP do without
-            print(f"    {name:<12} {_size(size) if size else 'none then':>10}")
-    print(f"    {'total':<12} {_size(memory.total):>10}  of {_size(free)} free")
+            say(f"    {name:<12} {_size(size) if size else 'none then':>10}")
+    say(f"    {'total':<12} {_size(memory.total):>10}  of {_size(free)} free")
     if probed and n_ranks == 1:
-        print(f"    {'measured':<12} {_size(probed.peak_bytes):>10}")
+        say(f"    {'measured':<12} {_size(probed.peak_bytes):>10}")
 
     # Communication and speed.
     if n_ranks > 1:
         given: dict[str, Any] = {"mode": mode, "n_micro": n_micro}
         sent = traffic(config, model, n_ranks=n_ranks, width=precision.compute.itemsize, **given)
         step_s = probed.step_s if probed else None
-        print(*scaling_lines(sent, step_s, gbps=gbps, **given), sep="\n")
+        say("\n".join(scaling_lines(sent, step_s, gbps=gbps, **given)))
     seconds = None
     if probed:
         tokens_per_s = plan.shape.tokens / probed.step_s
@@ -198,7 +199,7 @@ def diagnose_run(config: TrainConfig) -> bool:
     """Run the checklist on the first batch of a run; return whether no line fails."""
     device = resolve_device(config.run.device)
     precision = resolve_precision(config.run.dtype, device)
-    config, train, _ = open_splits(config, print)
+    config, train, _ = open_splits(config, say)
     torch.manual_seed(config.run.seed)
     model = Transformer(config.model, seq_len=config.data.seq_len).to(device)
     optimizers = build_optimizers(model, config.optim, precision.compute)
@@ -209,7 +210,7 @@ def diagnose_run(config: TrainConfig) -> bool:
         batch = next(loader)
     with precision.autocast():
         report = diagnose(model, (batch.tokens, batch.targets), optimizer=optimizers)
-    print(str(report))
+    say(str(report))
     return not report.failed
 
 

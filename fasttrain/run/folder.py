@@ -21,6 +21,7 @@ from fasttrain.checkpoint import files as disk
 from fasttrain.checkpoint.mirror import Mirror
 from fasttrain.command import tell
 from fasttrain.config import TrainConfig, UserError, load_config
+from fasttrain.config.untrusted import refuse_links
 from fasttrain.data.files import NoLocks, lock, names_at
 from fasttrain.distributed.world import World
 from fasttrain.log.console import Console
@@ -37,6 +38,9 @@ from fasttrain.run.record import (
     write_record,
 )
 from fasttrain.run.resume import same_settings
+
+# In a run folder; files are opened without following links.
+WRITTEN_FOLDERS = ("checkpoints", "faults", "profile", "tensorboard", "wandb")
 
 
 class RunFolder:
@@ -459,6 +463,7 @@ def lock_run_dir(run_dir: Path) -> Iterator[None]:
     descriptor = None
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
+        refuse_links(run_dir, WRITTEN_FOLDERS)
         with contextlib.suppress(ImportError, NoLocks):
             descriptor = lock(run_dir / ".lock")
     except BlockingIOError as error:

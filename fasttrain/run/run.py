@@ -1,6 +1,5 @@
 """One run from a config: dataset, model, optimizers, run folder, resuming, signals, exit status."""
 
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -17,7 +16,7 @@ from fasttrain.command import EXIT_BAD_INPUT, EXIT_FAILED, record, redact
 from fasttrain.config import TrainConfig, UserError, config_to_toml
 from fasttrain.corpus import build_default_corpus
 from fasttrain.data.dataset import TokenDataset, join
-from fasttrain.data.files import cache_folder
+from fasttrain.data.files import cache_folder, write_atomically
 from fasttrain.data.format import SPLITS, open_dataset
 from fasttrain.data.loader import Loader
 from fasttrain.data.order import LoaderOptions
@@ -236,7 +235,7 @@ def _build(
             if folder.mirror:  # takes the name there, before the first step
                 folder.mirror.put("config.toml", config_to_toml(config, redact).encode())
             if train.tokenizer_path is not None and folder.source is None:
-                shutil.copyfile(train.tokenizer_path, run_dir / "tokenizer.json")
+                write_atomically(run_dir / "tokenizer.json", train.tokenizer_path.read_bytes())
         score_tasks = _task_scorer(config, tokenizer, folder.warn, precision=precision, world=world)
         loader = Loader(train, order, device=device, position=state.get("position", 0))
     trainer = Trainer(
@@ -270,7 +269,7 @@ def _build(
         trainer.reporter.drop_after(0)
     if world.leads:
         folder.drop_newer()
-        (run_dir / "config.toml").write_text(config_to_toml(config, redact), encoding="utf-8")
+        write_atomically(run_dir / "config.toml", config_to_toml(config, redact).encode())
         folder.begin_record(trainer.state.step)
     return trainer
 

@@ -206,8 +206,8 @@ def test_R6_stale_partials_do_not_hinder(tmp_path: Path) -> None:
     (stale / "deeper" / "model.safetensors").write_bytes(b"x" * 100)
     (stale / "link").symlink_to(outside)
     (folder / ".tmp-latest").write_text("half")
-    (folder / ".tmp-file").write_text("not a folder")
-    (folder / ".tmp-link").symlink_to(tmp_path)
+    (folder / ".tmp-step-00000001-0123456789abcdef-2").write_text("not a folder")
+    (folder / ".tmp-best").symlink_to(tmp_path)
     save(folder, 2)
     assert is_intact(resolve(folder, "latest")) == 2
     assert leftovers(folder) == []

@@ -122,6 +122,9 @@ def after_a_cut(run: Run) -> None:
     half = run.copies / "step-00000004-c4"
     half.mkdir()
     (half / "of-another.safetensors").write_bytes(b"x")
+    record = json.loads((run.copies.parent / "mirror.json").read_text())
+    record["copies"].append(half.name)
+    (run.copies.parent / "mirror.json").write_text(json.dumps(record))
     run.save(4)
 
 

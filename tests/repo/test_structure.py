@@ -19,7 +19,7 @@ NOT_OURS = {"build", "dist", "runs", "__pycache__", "node_modules"}
 # The floors of fasttrain: what stands on one imports from those below alone. The other modules of
 # the top folder are commands, which import what they like.
 FLOORS = [
-    {"config"},
+    {"config", "printing"},
     {"data", "device", "command"},
     {"model", "log", "data.prepare"},
     {"distributed", "report", "corpus"},

@@ -1,5 +1,6 @@
 """R26: secrets of the environment, the config and URLs stay out of what a run writes and prints."""
 
+import base64
 import json
 import logging
 import os
@@ -243,3 +244,61 @@ def test_R26_nor_does_a_traceback_or_what_torchrun_is_told(
     told = json.loads((tmp_path / "error.json").read_text())["message"]
     assert told.endswith("RuntimeError: cannot reach https://***@host/x?token=***")
     assert "url-secret-42" not in told
+
+
+KEY = "/Xk3vQ9pLr7sTz1uYw5bNc8dMf2gHj4kA6eRi0oB"
+SPELLINGS = {  # a variable, its value, a text that holds it in some spelling, and what is left
+    "a slash in front": ("AWS_SECRET_ACCESS_KEY", KEY, f"key {KEY}.", "key ***."),
+    "a dot and a slash": ("API_KEY", f".{KEY}", f"key .{KEY}", "key ***"),
+    "a home of others": ("API_KEY", f"~{KEY}", f"key ~{KEY}", "key ***"),
+    "digits alone": ("DB_PASSWORD", "20241125", "it is 20241125, that", "it is ***, that"),
+    "digits with signs": ("CARD_PIN", "4929-1234-5678", "pin=4929-1234-5678", "pin=***"),
+    "of a root": ("MYSQL_ROOT_PASSWORD", KEY, f"'{KEY}'", "'***'"),
+    "of a home": ("HOME_ASSISTANT_TOKEN", KEY, f"'{KEY}'", "'***'"),
+    "in a URL": ("API_KEY", KEY, f"https://h/{quote(KEY, safe='')}", "https://h/***"),
+    "base64": ("API_KEY", SECRET, base64.b64encode(SECRET.encode()).decode(), "***Y="),
+    # What of base64 depends on other bytes as well is left.
+    "base64, inside": (
+        "API_KEY",
+        SECRET,
+        base64.b64encode(f"me:{SECRET}".encode()).decode(),
+        "bWU6***Y=",
+    ),
+    "base64 of URLs": ("API_KEY", "~~~???ÿÿÿ~~~", "fn5-Pz8_w7_Dv8O_fn5-", "***"),
+    "hex": ("API_KEY", SECRET, SECRET.encode().hex(), "***"),
+    "HEX": ("API_KEY", SECRET, SECRET.encode().hex().upper(), "***"),
+    "in another's URL": ("DATABASE_URL", f"pg://me:{SECRET}@h/db", f"with {SECRET}", "with ***"),
+}
+
+
+@pytest.mark.parametrize("case", SPELLINGS)
+def test_R26_a_secret_is_hidden_however_it_begins_and_is_spelled(
+    case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, value, text, left = SPELLINGS[case]
+    assert redact(text) == text
+    monkeypatch.setenv(name, value)
+    assert redact(text) == left
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("to=https%3A%2F%2Fme%3Apa55@h", "to=https%3A%2F%2F***@h"),
+        ("to=https%3A%2F%2Fme%3Apa55%40host%2Fx", "to=https%3A%2F%2F***%40host%2Fx"),
+        ("https://h/?to=%2Fx%3Ftoken%3Dabc%26n%3D1", "https://h/?to=%2Fx%3Ftoken%3D***%26n%3D1"),
+        ("Authorization: Bearer abcdefgh12", "Authorization: Bearer ***"),
+        ("{'authorization': 'Basic bWU6cGE1NQ=='}", "{'authorization': 'Basic ***'}"),
+        ("authorization was refused; a basic understanding", None),
+    ],
+)
+def test_R26_what_other_urls_and_headers_hold_is_hidden(text: str, expected: str | None) -> None:
+    assert redact(text) == (text if expected is None else expected)
+    assert redact(redact(text)) == redact(text)
+
+
+def test_R26_numbers_that_hold_the_digits_of_a_secret_stay(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("DB_PASSWORD", "20241125")
+    assert redact("1202411259 and 20241125") == "1202411259 and ***"

@@ -44,6 +44,7 @@ from fasttrain.data.tokenizer import (
     load_tokenizer,
     train_bpe,
 )
+from fasttrain.printing import say
 
 BPE_BYTES = 256 << 20  # a BPE is trained on at most that much; more text changes few merges
 BATCH_CHARS = 4 << 20  # encoded at once: 100 MB of a process's memory, little time in handing over
@@ -71,7 +72,7 @@ def prepare(
     workers: int = 1,
     resume: bool = False,
     shard_of: str | None = None,
-    note: Note = print,
+    note: Note = say,
     progress: bool = False,
 ) -> None:
     """Make the dataset `out` from text; the arguments are the options of the command.
@@ -348,7 +349,7 @@ def write_splits(
     return writers
 
 
-def merge(out: Path | str, *, resume: bool = False, note: Note = print) -> None:
+def merge(out: Path | str, *, resume: bool = False, note: Note = say) -> None:
     """Make the dataset `out` of its parts, whose hashes are verified and which stay.
 
     Parts are runs of the input in its order, so that their tokens follow on each other; where these
@@ -413,4 +414,4 @@ class Bar(Progress):
         now = time.monotonic()
         if self._lines and done_bytes > 0 and now - self._said >= LINE_S:
             self._said = now
-            print(text, file=sys.stderr, flush=True)
+            say(text, stream=sys.stderr)

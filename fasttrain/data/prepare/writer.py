@@ -23,7 +23,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,7 +32,7 @@ from fasttrain.config.untrusted import misfit, read_json
 from fasttrain.data import files as store
 from fasttrain.data.dataset import HEADER_BYTES, KINDS, MAX_SHARD_TOKENS, ShardInfo, dtype_for
 from fasttrain.data.files import DataError, is_address, remote, sha256_of, shown, write_atomically
-from fasttrain.data.format import DATASET_JSON, fetch_description, read_dataset_json
+from fasttrain.data.format import DATASET_JSON, SPLITS, fetch_description, read_dataset_json
 from fasttrain.data.remote import beside
 
 PREPARED_JSON = "prepared.json"
@@ -47,6 +47,36 @@ class Asked(TypedDict):
     files: list[list[Any]]  # of each its name, and what identifies its content
     tokenizer_sha256: str
     recipe: list[Any]
+
+
+class _WriterState(TypedDict):
+    shards: list[ShardInfo]
+    in_shard: tuple[int, int]
+    n_bytes: int
+
+
+class _Done(TypedDict, total=False):  # in `progress.json`, what an interrupted run has done
+    batches: int
+    lost: int
+    exact: bool
+    splits: dict[str, _WriterState]
+
+
+class _PartSource(TypedDict):
+    shard_tokens: int
+    val_fraction: float | Literal["auto"]
+
+
+class _PartRecord(TypedDict):  # what `merge` uses of a part's `prepared.json`
+    source: _PartSource
+
+
+class _Problems(TypedDict):
+    problems: dict[str, int]
+
+
+class _PartDescription(TypedDict):  # the same of its `dataset.json`
+    source: _Problems
 
 
 class ShardWriter:
@@ -186,6 +216,8 @@ class Partial:
                     problem = f"the interrupted run had {other}"
                     raise DataError(f"--resume: {problem}; repeat its command, or {ANEW}")
                 self.state = left.get("done", {})  # an earlier fasttrain kept another one
+                if damage := misfit(_Done, self.state):
+                    raise DataError(f"{self._progress}: damaged ({damage}); {ANEW}")
                 note(f"Continuing with what an interrupted run left in {self.folder}")
             elif self._progress.exists():
                 also = "(--resume would have continued it)"
@@ -227,7 +259,7 @@ def building(place: str, asked: Asked, *, resume: bool, note: Note) -> Iterator[
     """
     folder, at_address = Path(place), is_address(place)
     if at_address:
-        folder = store.cache_folder() / "prepare" / shown(place).replace("://", "/")
+        folder = store.beneath(store.cache_folder() / "prepare", place)
         there = _is_there(place, asked, resume)
         if there or not resume:  # what was copied, or never was
             shutil.rmtree(folder, ignore_errors=True)
@@ -317,8 +349,17 @@ def parts_of(place: str) -> tuple[list[str], list[Path], list[dict[str, Any]], A
     asked: list[Any] = [read_json(f / PREPARED_JSON, "make it anew", DataError) for f in folders]
     for number, (folder, part, meta) in enumerate(zip(folders, asked, metas, strict=True), 1):
         other = other_than(part, asked[0], folder / PREPARED_JSON)
-        if not other and meta["tokenizer"] != metas[0]["tokenizer"]:
-            other = "another tokenizer"
+        for file, kind, value in (
+            (PREPARED_JSON, _PartRecord, part),
+            (DATASET_JSON, _PartDescription, meta),
+        ):
+            if problem := misfit(kind, value):
+                raise DataError(f"{folder / file}: damaged ({problem}); make it anew")
+        for name in ("tokenizer", "vocab_size", "end_of_text"):
+            if not other and meta[name] != metas[0][name]:
+                other = f"another {name}"
+        if missing := sorted(set(SPLITS) - meta["splits"].keys()):
+            raise DataError(f"{folder / DATASET_JSON}: lists no split {missing[0]}; make it anew")
         if not other and (name := part["source"].get("part")) != f"{number}/{len(folders)}":
             other = f"part = {name}"
         if other:

@@ -64,7 +64,9 @@ def load(*sources: str | Path, dtype: torch.dtype = torch.float32) -> ctypes.CDL
     """Return the library of files of this folder, compiled one behind the other, for one dtype.
 
     It is kept by content in the folder where torch.compile keeps its own
-    (``TORCHINDUCTOR_CACHE_DIR``), else among temporary files; compiling takes 2 to 4 s.
+    (``TORCHINDUCTOR_CACHE_DIR``), else among temporary files; compiling takes 2 to 4 s. It is
+    loaded only from a folder that nobody else can write, and only if it has the hash that it was
+    written with; else it is compiled anew.
 
     Raises:
         RuntimeError: the compiler is missing or refuses the code; the message is its own. Or
@@ -78,24 +80,31 @@ def load(*sources: str | Path, dtype: torch.dtype = torch.float32) -> ctypes.CDL
             vectors += ("-mavx512bf16", *(["-mamx-tile", "-mamx-bf16"] if may_use_amx() else []))
     command = (compiler() or "g++", *vectors)
     key = hashlib.sha256("\n".join((*command, *FLAGS, text)).encode()).hexdigest()[:32]
+
+    def build(path: Path) -> None:
+        with tempfile.TemporaryDirectory(dir=path.parent) as made:
+            source = Path(made) / "source.cpp"
+            source.write_text(text, encoding="utf-8")
+            whole = (*command, "-o", str(path), str(source), *FLAGS)
+            subprocess.run(whole, check=True, capture_output=True, text=True)
+
+    from ._cache import UnsafeFolderError, load_library, private_folder  # Windows has no such users
+
     chosen = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     # By number: a user in a container may have no name.
     folder = Path(chosen or Path(tempfile.gettempdir()) / f"fasttrain_{os.getuid()}") / "cpp"
-    path = folder / f"{key}.so"
     try:
-        if not path.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder) as made:
-                source, built = Path(made) / "source.cpp", Path(made) / "built.so"
-                source.write_text(text, encoding="utf-8")
-                command = (*command, "-o", str(built), str(source), *FLAGS)
-                subprocess.run(command, check=True, capture_output=True, text=True)
-                built.replace(path)
-        return ctypes.CDLL(str(path))
+        try:
+            return load_library(private_folder(folder), key, build)
+        except UnsafeFolderError as e:
+            remedy = "set TORCHINDUCTOR_CACHE_DIR to a folder that only you can write"
+            warnings.warn(f"{e}: {sources[-1]} is compiled anew; {remedy}", stacklevel=2)
+        with tempfile.TemporaryDirectory() as of_this_process:
+            return load_library(private_folder(Path(of_this_process)), key, build)
     except subprocess.CalledProcessError as e:
         raise RuntimeError(f"{' '.join(e.cmd)}: {e.stderr or e}") from e
     except OSError as e:
-        raise RuntimeError(f"{path}: {e}") from e
+        raise RuntimeError(f"{folder}: {e}") from e
 
 
 @cache
