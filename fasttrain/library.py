@@ -18,14 +18,14 @@ from contextlib import ExitStack, closing, contextmanager, nullcontext
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from fasttrain import library_state as states
-from fasttrain.checkpoint import CheckpointWriter, load, resolve
+from fasttrain.checkpoint import CheckpointWriter, load, refuse_unsavable, resolve
 from fasttrain.command import EXIT_STOPPED, redact, tell
 from fasttrain.config import (
     LoopConfig,
@@ -37,14 +37,19 @@ from fasttrain.config import (
 )
 from fasttrain.device import make_deterministic, resolve_device
 from fasttrain.distributed.sharding import cut, place
-from fasttrain.engine.optim import check_tensors, load_optimizer_tensors
+from fasttrain.engine.optim import (
+    check_tensors,
+    load_by_name,
+    load_optimizer_tensors,
+    state_by_name,
+)
 from fasttrain.engine.saving import collect
 from fasttrain.engine.schedule import n_stale
 from fasttrain.engine.step import TrainStep
 from fasttrain.log.metrics import TrainingMetrics
 from fasttrain.log.sinks import Kind, Sinks, check_packages
 from fasttrain.model.transformer import Transformer
-from fasttrain.objective import Criterion, Objective, together
+from fasttrain.objective import Criterion, Objective, together, without_compiler
 from fasttrain.printing import say
 from fasttrain.run.folder import lock_run_dir, logged_bytes
 from fasttrain.run.provenance import provenance
@@ -88,6 +93,12 @@ class Callback:
 
 
 _EVENTS = [name for name in vars(Callback) if name.startswith("on_")]
+
+
+def _set_mode(optimizer: torch.optim.Optimizer, mode: Literal["train", "eval"]) -> None:
+    """Switch an optimizer that evaluates at other weights than it trains, as schedule-free ones."""
+    if all(callable(getattr(optimizer, name, None)) for name in ("train", "eval")):
+        getattr(optimizer, mode)()
 
 
 def _resolve_config(given: Any) -> TrainConfig:
@@ -134,13 +145,19 @@ class Trainer:
     `DistributedSampler` for instance, and call the same methods on all ranks.
 
     Args:
-        model: its output, or that output's ``logits`` or first element, is logits (B, T, V).
-        optimizer: over its parameters; where those are sharded it gets the shards.
+        model: its output, or that output's ``logits`` or first element, is logits (B, T, V); an
+            ``aux_loss`` of the output is added to the loss, times the ``router_aux_loss_coef`` of
+            the model's config if there is one. If it is in evaluation mode, as `transformers`
+            loads one, training puts it in training mode; else parts of it that are in evaluation
+            mode, such as a frozen encoder, stay in it. `torch.compile(model)` is taken too.
+        optimizer: over its parameters; where those are sharded it gets the shards. One with
+            ``train()`` and ``eval()``, such as a schedule-free one, is switched for evaluations.
         scheduler: of torch, stepped after each step that was not skipped, `ReduceLROnPlateau` by
             ``val_loss`` after each of the evaluations that ``eval.every_steps`` asks for; None: the
             learning rate stays.
         criterion: (logits (N, V), targets (N,)) → loss, a mean over the targets that are not its
             ``ignore_index`` (-100 where it has none), or a sum where its ``reduction`` is "sum".
+            The class weights of torch's own make a weighted mean over all targets of a step.
             None: cross-entropy in fp32 with the config's label smoothing and z-loss.
         config: a `TrainConfig`, or a dict of its sections. A warning names the keys that are set
             and have no effect here, as those of ``[model]``, ``[data]``, ``[optim]`` and
@@ -197,7 +214,7 @@ class Trainer:
             if wrong:
                 raise UserError(f"Trainer: {said}")
         met = {
-            "fasttrain.Transformer": isinstance(model, Transformer),
+            "fasttrain.Transformer": isinstance(without_compiler(model), Transformer),
             "torchrun": int(os.environ.get("WORLD_SIZE", "1")) > 1,
             "run_dir": run_dir is not None,
             "criterion=None": criterion is None,
@@ -207,10 +224,11 @@ class Trainer:
             make_deterministic()
         self.world, self.device = place(model, optimizer, config)
         self.made_by = provenance(self.device)
-        self.model, self.metrics = model, TrainingMetrics()
+        self.objective = Objective(model, criterion, config, self.device)
+        self.model = model = without_compiler(model)
+        self.metrics = TrainingMetrics()
         self.optimizer, self.scheduler, self.accumulate = optimizer, scheduler, accumulate
         self.metric_functions, self.callbacks = dict(metrics or {}), callbacks
-        self.objective = Objective(model, criterion, config, self.device)
         self.train_step = TrainStep(
             model, [optimizer], config, device=self.device, world=self.world, n_micro=accumulate,
             criterion=self.objective.loss_sum, count=self.objective.count,
@@ -251,8 +269,9 @@ class Trainer:
             **states.facts_of_scheduler(scheduler),
             **states.facts_of_optimizer(optimizer, model),
         }
-        if self.writer is not None:
-            self._snapshot()  # what cannot be saved is refused now
+        if self.writer is not None:  # what cannot be saved is refused now
+            groups, _ = self._snapshot()
+            refuse_unsavable(groups)
 
     # ---- training ------------------------------------------------------------------------------
 
@@ -318,6 +337,7 @@ class Trainer:
                 signals = stop_signals(stop=stop, rescue=self.stop, patience_s=wait, echo_s=ECHO_S)
                 stack.enter_context(signals)
             self._meet(loader, val_loader)
+            _set_mode(self.optimizer, "train")
             if self.run_dir is not None and self.world.leads:
                 sinks = stack.enter_context(closing(Sinks(self.config, self.run_dir, self.made_by)))
                 stack.callback(setattr, self, "_write", self._write)
@@ -393,7 +413,8 @@ class Trainer:
 
     def _epoch(self, loader: Batches, val_loader: Batches | None, over: Callable[[], bool]) -> None:
         """Train until ``over`` after a step, at most to the end of a pass over ``loader``."""
-        self.model.train()
+        if not self.model.training:  # else the parts that are in evaluation mode are meant to be
+            self.model.train()
         for sampler in states.samplers(loader):
             sampler.set_epoch(self.epoch)
         config, tried, own_values = self.config, self.writer is None, states.own_values(loader)
@@ -489,8 +510,12 @@ class Trainer:
         Each is a mean over target tokens, whatever batch they are in; computed without dropout,
         with averaged weights where ``train.ema_decay`` is set.
         """
-        with self.ema.in_use():
-            return self.objective.evaluate(loader, self.metric_functions, self.world)
+        _set_mode(self.optimizer, "eval")
+        try:
+            with self.ema.in_use():
+                return self.objective.evaluate(loader, self.metric_functions, self.world)
+        finally:
+            _set_mode(self.optimizer, "train")
 
     def _evaluated(self, loader: Batches, *, extra: bool = False) -> None:
         """Evaluate; ``extra``, as at the end, changes nothing of how a training goes on."""
@@ -606,11 +631,11 @@ class Trainer:
             raise UserError(f"{loaded.path}: was not saved by a Trainer of this version; {remedy}")
         # First all that is read and compared, then all that changes.
         state, saved, rank = loaded.state, loaded.state["library"], self.world.rank
-        own = self.ema.groups(self.model.state_dict())
+        own = self.ema.groups(state_by_name(self.model))
         try:
             states.refuse_difference(str(loaded.path), dict(saved["facts"]), self._facts)
-            for name, group in own.items():
-                check_tensors(f"{name}.", loaded.group(name), group)
+            check_tensors("model.", loaded.group("model"), own["model"])
+            self.ema.check(loaded.group("ema"))
             tensors = loaded.group("trainer")
             rest = states.decode(saved["state"], tensors, self.device)
             if rank:
@@ -622,7 +647,7 @@ class Trainer:
             loader_facts = dict(saved["loader_facts"])
             counters = {name: int(state[name]) for name in COUNTERS}
             parameters = loaded.group("model").items()
-            self.model.load_state_dict({name: cut(t, own["model"][name]) for name, t in parameters})
+            load_by_name(self.model, {name: cut(t, own["model"][name]) for name, t in parameters})
             self.ema.load(loaded.group("ema"))
             load_optimizer_tensors(self.model, [self.optimizer], loaded.group("optimizer"))
             states.set_optimizer_values(self.optimizer, self.model, values)
@@ -661,14 +686,15 @@ def train_loop(
     FSDP2; a loss is then the mean over the batches of all ranks.
 
     Args:
-        model: as `Trainer` takes it; moved to ``device``, left in training mode.
+        model: as `Trainer` takes it; moved to ``device``. One that is in evaluation mode is put in
+            training mode; of another, parts that are in evaluation mode stay in it.
         train_dataloader: batches as `Trainer` takes them; a target of −100 is left out of the loss.
         optimizer: over the model's parameters; a hook on its ``step`` may change its learning rate.
         num_epochs: passes over the data, at least 0.
         max_grad_norm: the gradient is clipped to this norm before the update; None: never.
         log_interval: every so many steps, and after the last, the loss is recorded: the only steps
             that wait for the device.
-        device: where to train.
+        device: where to train. "cuda" is the CPU where there is no CUDA device, which a line says.
         quiet: do not print each recorded loss, as in ``Epoch 0, step 100, loss 2.3456``.
 
     Returns:
@@ -685,6 +711,9 @@ def train_loop(
     if num_epochs < 0 or log_interval < 1:
         given = f"num_epochs = {num_epochs} and log_interval = {log_interval}"
         raise UserError(f"train_loop: {given} must be at least 0 and 1")
+    if str(device) == "cuda" and not torch.cuda.is_available():
+        tell("train_loop: there is no CUDA device here; training on the CPU")
+        device = "cpu"
     try:
         where = resolve_device(str(device))
     except (RuntimeError, UserError) as error:
@@ -703,7 +732,7 @@ def train_loop(
     loop = {"epochs": max(1, num_epochs)}
     sections = {"run": run, "train": loop, "log": {"every_steps": log_interval}}
     tf32 = torch.get_float32_matmul_precision()  # as the caller has it, it stays
-    trainer = Trainer(model.train(), optimizer, config=sections)
+    trainer = Trainer(model, optimizer, config=sections)
     torch.set_float32_matmul_precision(tf32)
     trainer._write = record
     # An optimizer that cannot be judged on the device would wait for it at each step.

@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader, IterableDataset
 
 from fasttrain.config import TrainConfig, UserError
+from fasttrain.engine.optim import parameters_by_name
 
 BINDING = (
     *("run.dtype", "run.fp8", "train.max_grad_norm", "train.max_grad_value", "train.ema_decay"),
@@ -114,7 +115,7 @@ def facts_of_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> di
     """Return its class and defaults, its groups, and which parameter is in which."""
     # A schedule moves these; a tensor among the defaults is moved too, as it is the groups' own.
     moved = {"params", "param_names", "lr", "momentum", "betas"}
-    defaults, names = optimizer.defaults, {id(p): name for name, p in model.named_parameters()}
+    defaults, names = optimizer.defaults, {id(p): n for n, p in parameters_by_name(model).items()}
     facts = {f"optimizer {k}": _shown(v) for k, v in defaults.items() if not isinstance(v, Tensor)}
     facts["optimizer"] = type(optimizer).__name__
     facts["optimizer groups"] = str(len(optimizer.param_groups))
@@ -266,7 +267,7 @@ def write(generators: Mapping[str, Any], states: Mapping[str, Any]) -> None:
 
 def optimizer_values(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
     """Return what `optimizer_tensors` leaves out: all of the groups' values, state of no tensor."""
-    names = {id(p): name for name, p in model.named_parameters()}
+    names = {id(p): name for name, p in parameters_by_name(model).items()}
     groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
     values = {
         names[id(p)]: {k: v for k, v in state.items() if not isinstance(v, Tensor)}
@@ -277,7 +278,7 @@ def optimizer_values(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict
 
 def set_optimizer_values(optimizer: torch.optim.Optimizer, model: nn.Module, saved: Any) -> None:
     """Put back `optimizer_values`, once the tensors are."""
-    parameters = dict(model.named_parameters())
+    parameters = parameters_by_name(model)
     for name, values in saved["values"].items():
         optimizer.state[parameters[name]].update(values)
     for group, own in zip(optimizer.param_groups, saved["groups"], strict=True):

@@ -3,6 +3,7 @@
 Legend: B batch, T sequence, N = B·T, V vocabulary.
 """
 
+import copy
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -24,6 +25,8 @@ from fasttrain.model.runtime import resolve_compile
 from fasttrain.model.transformer import Embedding
 
 Criterion = Callable[[Tensor, Tensor], Tensor]  # logits (N, V), targets (N,) → scalar
+# Whose mean is the sum of the weighted losses over the sum of the targets' class weights
+WEIGHTED_MEANS = (nn.CrossEntropyLoss, nn.NLLLoss)
 IDS, MASK = ("input_ids", "target_ids", "labels"), "attention_mask"  # keys of a batch
 
 
@@ -38,8 +41,53 @@ class Batch(NamedTuple):
     others: dict[str, Any]  # what else the model's forward is given
 
 
+def without_compiler(model: nn.Module) -> nn.Module:
+    """Return the model that ``torch.compile(model)`` wraps, or the model itself."""
+    inner = getattr(model, "_orig_mod", model)
+    return inner if isinstance(inner, nn.Module) else model
+
+
+def signature_of(model: nn.Module) -> Mapping[str, inspect.Parameter]:
+    """Return what a model's forward takes; wrappers that hand everything on are looked through.
+
+    These are ``torch.compile(model)`` and modules whose forward takes ``*args`` or ``**kwargs``
+    alone and that have ``get_base_model()``, as PEFT's, or a single child.
+    """
+    model = without_compiler(model)
+    parameters = inspect.signature(model.forward).parameters
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    if not parameters or any(p.kind not in variable for p in parameters.values()):
+        return parameters
+    base = getattr(model, "get_base_model", None)
+    children = [*model.children()]
+    if callable(base) and isinstance(inner := base(), nn.Module) and inner is not model:
+        return signature_of(inner)
+    return signature_of(children[0]) if len(children) == 1 else parameters
+
+
+def _summing(criterion: Criterion | None) -> tuple[Criterion | None, Tensor | None]:
+    """Return a criterion that sums where its mean has class weights, and these weights."""
+    weight = getattr(criterion, "weight", None)
+    if not isinstance(weight, Tensor) or getattr(criterion, "reduction", "mean") != "mean":
+        return criterion, None
+    if type(criterion) not in WEIGHTED_MEANS:
+        name = type(criterion).__name__
+        raise UserError(
+            f"criterion: {name} has class weights and returns a mean, and what it divides by is "
+            'not known, so that batches cannot be weighed; give it reduction="sum"'
+        )
+    summing: Any = copy.copy(criterion)
+    summing.reduction = "sum"
+    return summing, weight.detach()
+
+
 class Objective:
-    """Prepares batches, runs the model, sums the loss; the arguments are `Trainer`'s."""
+    """Prepares batches, runs the model, sums the loss; the arguments are `Trainer`'s.
+
+    A model may return an ``aux_loss`` beside its logits, such as that which balances a router's
+    experts. It is added to the loss that is trained on, times ``router_aux_loss_coef`` of the
+    model's config if there is one; an evaluation leaves it out.
+    """
 
     def __init__(
         self,
@@ -48,8 +96,12 @@ class Objective:
         config: TrainConfig,
         device: torch.device,
     ) -> None:
-        self.model, self.criterion, loop = model, criterion, config.train
+        loop = config.train
         self.run: Callable[..., Any] = model
+        self.model = without_compiler(model)
+        self.criterion, self.class_weight = _summing(criterion)
+        of_router = getattr(getattr(model, "config", None), "router_aux_loss_coef", None)
+        self.aux_weight = 1.0 if of_router is None else float(of_router)
         # Not by itself ("auto"): it pays after a minute, and a model of any kind may not compile.
         mode = config.run.compile
         if mode not in ("auto", "c++") and resolve_compile(config, device) != "off":
@@ -59,10 +111,10 @@ class Objective:
         # Of the default criterion
         self.options: Any = {"ignore_index": self.ignore_index, "z_loss": loop.z_loss}
         self.options |= {"label_smoothing": loop.label_smoothing, "reduction": "sum"}
-        self.takes = inspect.signature(model.forward).parameters
+        self.takes = signature_of(model)
         self._seen = (0, -1)  # longest row, highest id
         # Hooks that come and go would have a model compiled twice: there, no look at its tables.
-        self._looks = self.run is model and not any(
+        self._looks = self.run is self.model and not any(
             hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None)
             for m in model.modules()
         )
@@ -109,9 +161,17 @@ class Objective:
             others.setdefault("use_cache", False)
         return Batch(moved(tokens), targets, target_range, n_targets, is_new, others)
 
-    def count(self, batch: Batch) -> int | Tensor:
-        """Return what the loss of a step is divided by, of one batch: its number of targets."""
-        return batch.n_targets
+    def count(self, batch: Batch) -> float | Tensor:
+        """Return what the loss of a step is divided by, of one batch.
+
+        It is the number of targets that count, or the sum of their class weights.
+        """
+        if self.class_weight is None:
+            return batch.n_targets
+        counts = batch.targets != self.ignore_index
+        weights = self.class_weight.to(batch.targets.device)[batch.targets * counts]
+        total = (weights * counts).sum()
+        return float(total) if total.is_cpu else total
 
     def _is_new(self, tokens: Tensor) -> bool:
         if not self._looks or not (tokens.is_cpu or self._seen == (0, -1)):
@@ -128,12 +188,20 @@ class Objective:
 
         It is the criterion of a `TrainStep`.
         """
-        return self._loss_sum(self._logits(batch), batch, scale)
+        logits, out = self._forward(batch)
+        loss = self._loss_sum(logits, batch, scale)
+        auxiliary = out.get("aux_loss") if isinstance(out, Mapping) else getattr(out, "aux_loss", 0)
+        if isinstance(auxiliary, Tensor) and auxiliary.requires_grad:  # a mean over the batch
+            share = torch.as_tensor(self.count(batch), device=loss.device) * scale
+            loss = loss + auxiliary.to(loss.device).mean() * (self.aux_weight * share)
+        return loss
 
-    def _logits(self, batch: Batch) -> Tensor:
+    def _forward(self, batch: Batch) -> tuple[Tensor, Any]:
+        """Return the logits (N, V) of a batch, and all that the model returned."""
         hooked = register_module_forward_pre_hook
         with hooked(self._check_table) if batch.is_new else nullcontext():
-            logits = logits_of(self.run(batch.tokens, **batch.others), batch.tokens)
+            out = self.run(batch.tokens, **batch.others)
+        logits = logits_of(out, batch.tokens)
         low, high = batch.target_range
         if (low < 0 or high >= logits.shape[-1]) and (
             self.criterion is None or isinstance(self.criterion, nn.CrossEntropyLoss)
@@ -143,7 +211,7 @@ class Objective:
                 f"{logits.shape[-1]} logits; use the model's own tokenizer, and "
                 f"{self.ignore_index} where there is no target"
             )
-        return logits.flatten(0, -2)
+        return logits.flatten(0, -2), out
 
     def _check_table(self, table: nn.Module, args: tuple[Any, ...]) -> None:
         """Refuse a row that a table does not have: to look it up on CUDA would end the process."""
@@ -167,34 +235,34 @@ class Objective:
         )
         if getattr(self.criterion, "reduction", "mean") == "sum":
             return self.criterion(logits, batch.targets) * factor
-        n_targets = (batch.targets != self.ignore_index).sum()
-        if not n_targets:  # the mean over no target is nan
+        if not batch.n_targets:  # the mean over no target is nan
             return logits.sum() * 0.0
-        return self.criterion(logits, batch.targets) * (n_targets * factor)
+        return self.criterion(logits, batch.targets) * (batch.n_targets * factor)
 
     @torch.no_grad()
     def evaluate(
         self, loader: Iterable[Any], metrics: Mapping[str, Criterion], world: World
     ) -> dict[str, float]:
         """Return the means over all targets of all ranks; see `fasttrain.library.Trainer`."""
-        totals = torch.zeros(2 + len(metrics), dtype=torch.float64, device=self.device)
+        # The loss and what it is divided by, the targets, the metrics
+        totals = torch.zeros(3 + len(metrics), dtype=torch.float64, device=self.device)
         with evaluating(self.model, world):
             for (raw,) in together(loader, 1, world) if world.sharded else zip(loader):
                 batch = self.prepare(raw)
                 with self.precision.autocast():
-                    logits = self._logits(batch)
+                    logits, _ = self._forward(batch)
                     loss = self._loss_sum(logits, batch)
                 keep = batch.targets != self.ignore_index
                 kept, n_kept = (logits[keep], batch.targets[keep]), keep.sum()
                 if not n_kept:  # but other ranks waited for this one's forward
                     continue
                 values = [torch.as_tensor(f(*kept)) * n_kept for f in metrics.values()]
-                numbers = [loss, n_kept, *values]
+                numbers = [loss, torch.as_tensor(self.count(batch)), n_kept, *values]
                 totals += torch.stack([n.to(self.device, torch.float64) for n in numbers])
-        loss_sum, n_targets, *sums = world.sum(totals).tolist()
+        loss_sum, divisor, n_targets, *sums = world.sum(totals).tolist()
         if not n_targets:
             raise UserError("Trainer: the validation loader gave no target")
-        mean = loss_sum / n_targets
+        mean = loss_sum / divisor if divisor else math.nan
         result = {"val_loss": mean, "val_ppl": math.exp(min(mean, 700.0))}
         others = zip(metrics, sums, strict=True)
         return result | {f"val_{name}": value / n_targets for name, value in others}

@@ -28,9 +28,9 @@ from fasttrain.checkpoint.reading import (
     saved_parameters,
     verify,
 )
-from fasttrain.checkpoint.writer import CheckpointWriter
+from fasttrain.checkpoint.writer import CheckpointWriter, refuse_unsavable
 
 __all__ = [
     "Checkpoint", "CheckpointError", "CheckpointWriter", "Mirror", "check_model", "load", "parse",
-    "resolve", "saved_parameters", "verify",
+    "refuse_unsavable", "resolve", "saved_parameters", "verify",
 ]  # fmt: skip

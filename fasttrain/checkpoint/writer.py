@@ -97,6 +97,7 @@ class CheckpointWriter:
         begun), or this one, if it is synchronous or its arguments are unfit.
         """
         self.wait()
+        refuse_unsavable(groups)
         self._n_begun += 1
         try:
             state_json = json.dumps(state, indent=1, sort_keys=True, allow_nan=False).encode()
@@ -270,6 +271,28 @@ class CheckpointWriter:
                 os.rename(path, self.folder / f".tmp-removed-{path.name}")
 
 
+def refuse_unsavable(groups: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise CheckpointError for what the groups of a checkpoint hold and no file of it can."""
+    for stem, group in groups.items():
+        for name, value in group.items():
+            if not isinstance(value, Tensor):
+                kind = type(value).__name__
+                remedy = "keep it in a buffer, or outside of the model's state"
+            elif value.is_quantized or value.layout is not torch.strided:
+                kind = (
+                    "quantized" if value.is_quantized else str(value.layout).removeprefix("torch.")
+                )
+                remedy = "convert it to an ordinary tensor, or register it with persistent=False"
+            elif value.is_meta or value.dtype not in disk.DTYPE_NAMES:
+                kind = "on meta" if value.is_meta else str(value.dtype).removeprefix("torch.")
+                remedy = "convert it, or register it with persistent=False"
+            else:
+                continue
+            raise disk.CheckpointError(
+                f"checkpoint: {stem}.{name} is {kind}, which safetensors does not hold; {remedy}"
+            )
+
+
 class Snapshot:
     """One group of tensors in a reused host buffer, laid out as its safetensors file."""
 
@@ -279,11 +302,6 @@ class Snapshot:
         # Wide dtypes first, as the safetensors library orders them: every view is then aligned.
         for name in sorted(tensors, key=lambda n: (-tensors[n].element_size(), n)):
             tensor, begin = tensors[name], end
-            if tensor.dtype not in disk.DTYPE_NAMES:
-                raise disk.CheckpointError(
-                    f"checkpoint: {stem}.{name} has dtype {tensor.dtype}, which safetensors does "
-                    "not hold; convert it before saving"
-                )
             end += tensor.numel() * tensor.element_size()
             dtype, shape = disk.DTYPE_NAMES[tensor.dtype], list(tensor.shape)
             header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
@@ -337,6 +355,7 @@ class Snapshot:
         Apart from the sign, what is not finite has greater bits than the greatest finite number.
         """
         for name, view in self.views.items():
+            view = torch.view_as_real(view) if view.is_complex() else view
             if not view.is_floating_point() or not view.numel():
                 continue
             raw, size = view.flatten().view(torch.uint8).numpy(), view.element_size()

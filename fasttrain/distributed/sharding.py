@@ -223,19 +223,22 @@ def _gathered(model: nn.Module, world: World) -> list[Any]:
 def evaluating(model: nn.Module, world: World) -> Iterator[None]:
     """Use a model without training it: in evaluation mode, sharded parameters gathered.
 
+    Afterwards each of its modules has its own mode back.
+
     All ranks must enter it together and call the model equally often.
     """
     sharded = _gathered(model, world)
     if sharded:
         sharded[0].unshard()  # the model's own
-    was_training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         yield
     finally:
         for module in sharded:
             module.reshard()
-        model.train(was_training)
+        for module, was_training in modes.items():  # frozen parts may stay in evaluation mode
+            module.training = was_training
 
 
 def set_gradient_sync(network: Any, world: World, *, sync: bool) -> None:

@@ -98,6 +98,27 @@ def set_lr(optimizer: Optimizer, lr: float) -> None:
             group["lr"] = value
 
 
+def plain_name(name: str) -> str:
+    """Return a parameter's name without what `torch.compile` of a part of the model adds to it."""
+    return name.replace("_orig_mod.", "")
+
+
+def parameters_by_name(model: nn.Module) -> dict[str, Tensor]:
+    """Return a model's parameters by the names that a checkpoint has for them."""
+    return {plain_name(name): p for name, p in model.named_parameters()}
+
+
+def state_by_name(model: nn.Module) -> dict[str, Any]:
+    """Return ``model.state_dict()`` by the names that a checkpoint has for its entries."""
+    return {plain_name(name): value for name, value in model.state_dict().items()}
+
+
+def load_by_name(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Load what `state_by_name` returned, whichever parts of the model are compiled."""
+    own = {plain_name(name): name for name in model.state_dict()}
+    model.load_state_dict({own.get(name, name): value for name, value in state.items()})
+
+
 def parameters_of(optimizer: Optimizer) -> list[Tensor]:
     """Return the parameters of an optimizer, in the order of its groups."""
     return [p for group in optimizer.param_groups for p in group["params"]]
@@ -151,7 +172,7 @@ def optimizer_tensors(model: nn.Module, optimizers: Sequence[Optimizer]) -> dict
 
     A quantized tensor is returned in parts, as ``<parameter name>/<key>/<part>``.
     """
-    names = {id(p): name for name, p in model.named_parameters()}
+    names = {id(p): name for name, p in parameters_by_name(model).items()}
     return {
         f"{names[id(p)]}/{key}": tensor
         for optimizer in optimizers
@@ -173,7 +194,7 @@ def load_optimizer_tensors(
     every parameter must have some, as a step was made with all of them. Raises KeyError or
     RuntimeError where they are not those that these optimizers make.
     """
-    names = {id(p): name for name, p in model.named_parameters()}
+    names = {id(p): name for name, p in parameters_by_name(model).items()}
     of: dict[str, dict[str, Tensor]] = {}
     for full, tensor in tensors.items():
         name, _, key = full.partition("/")

@@ -14,7 +14,13 @@ from fasttrain.command import redact
 from fasttrain.config import UserError, config_to_toml
 from fasttrain.distributed.lockstep import Lockstep, differing_step
 from fasttrain.distributed.sharding import cut
-from fasttrain.engine.optim import check_tensors, load_optimizer_tensors, optimizer_tensors
+from fasttrain.engine.optim import (
+    check_tensors,
+    load_by_name,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    state_by_name,
+)
 from fasttrain.engine.reporter import Reporter
 from fasttrain.engine.state import Tensors, restore_rng, rng_state
 from fasttrain.engine.step import TrainStep
@@ -29,7 +35,7 @@ def collect(train_step: TrainStep, rank: int = 0, rng: Tensors | None = None) ->
     """
     model, rng = train_step.model, rng or rng_state(train_step.loss.device)
     # First the model's: FSDP2 then puts its shards in the place of what a forward gathered.
-    return train_step.ema.groups(model.state_dict()) | {
+    return train_step.ema.groups(state_by_name(model)) | {
         "optimizer": optimizer_tensors(model, train_step.optimizers),
         "trainer": train_step.state()
         | {f"{name}@{rank}" if rank else name: state for name, state in rng.items()},
@@ -42,8 +48,8 @@ def restore(checkpoint: Checkpoint, train_step: TrainStep, rank: int = 0) -> Non
     state, rest = checkpoint.state, checkpoint.group("trainer")
     try:
         # Parameters, moments and their average
-        own, saved = model.state_dict(), checkpoint.group("model")
-        model.load_state_dict({n: cut(t, own[n]) if n in own else t for n, t in saved.items()})
+        own, saved = state_by_name(model), checkpoint.group("model")
+        load_by_name(model, {n: cut(t, own[n]) if n in own else t for n, t in saved.items()})
         stepped = state.get("step", 0) > state.get("faults", {}).get("skipped_steps", 0)
         tensors = checkpoint.group("optimizer")
         load_optimizer_tensors(model, train_step.optimizers, tensors, stepped=stepped)

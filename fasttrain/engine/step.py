@@ -31,7 +31,7 @@ from fasttrain.data.loader import IGNORE_INDEX, Batch
 from fasttrain.device import Precision, resolve_attention, resolve_precision
 from fasttrain.distributed.sharding import cut, replicate, set_gradient_sync, time_collectives
 from fasttrain.distributed.world import World, checksum
-from fasttrain.engine.optim import parameters_of, set_lr
+from fasttrain.engine.optim import parameters_by_name, parameters_of, set_lr
 from fasttrain.engine.schedule import step_shape
 from fasttrain.engine.state import restore_rng, rng_state
 from fasttrain.log.timing import StepClock
@@ -162,7 +162,7 @@ class Ema:
         new = {id(p) for p in parameters} - followed
         if not new:
             return
-        for name, p in self._model.named_parameters():
+        for name, p in parameters_by_name(self._model).items():
             if id(p) in new:
                 self._sources[name] = p
                 self.averages[name] = p.detach().to(_wide(p.dtype), copy=True)
@@ -206,7 +206,7 @@ class Ema:
     def groups(self, model_state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         """Return the groups ``model`` and, with an average, ``ema`` for a checkpoint, not copied.
 
-        ``model_state`` is ``model.state_dict()``, which holds the average while that is in use.
+        ``model_state`` is `state_by_name` of the model: the average, while that is in use.
         """
         groups = {"model": {**model_state, **self._held}}
         return groups if self.decay is None else groups | {"ema": self.averages}
@@ -215,7 +215,7 @@ class Ema:
         """Raise UserError unless ``saved`` is an average of this model, or empty."""
         if self.decay is None:
             return
-        shapes = {name: p.shape for name, p in self._model.named_parameters()}
+        shapes = {name: p.shape for name, p in parameters_by_name(self._model).items()}
         if any(shapes.get(name) != tensor.shape for name, tensor in saved.items()):
             raise UserError("the checkpoint's average is of another model; unset train.ema_decay")
 
@@ -224,7 +224,7 @@ class Ema:
         if self.decay is None:
             return
         self.check(saved)
-        named = dict(self._model.named_parameters())
+        named = parameters_by_name(self._model)
         self.follow([named[name] for name in saved])
         with torch.no_grad():
             for name, average in self.averages.items():
