@@ -196,5 +196,7 @@ class CoreWatch:
 
 
 def _idle(wait: Callable[[], Any]) -> None:
-    torch.empty(2**20).fill_(0.0)  # in a team of threads, which this thread keeps
+    torch.empty(2**20, dtype=torch.float32, device="cpu").fill_(
+        0.0
+    )  # in a team of threads, which this thread keeps
     wait()

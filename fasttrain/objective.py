@@ -192,8 +192,8 @@ class Objective:
         loss = self._loss_sum(logits, batch, scale)
         auxiliary = out.get("aux_loss") if isinstance(out, Mapping) else getattr(out, "aux_loss", 0)
         if isinstance(auxiliary, Tensor) and auxiliary.requires_grad:  # a mean over the batch
-            share = torch.as_tensor(self.count(batch), device=loss.device) * scale
-            loss = loss + auxiliary.to(loss.device).mean() * (self.aux_weight * share)
+            share = self.aux_weight * self.count(batch) * scale
+            loss = loss + auxiliary.to(loss.device).mean() * share
         return loss
 
     def _forward(self, batch: Batch) -> tuple[Tensor, Any]:
@@ -256,9 +256,10 @@ class Objective:
                 kept, n_kept = (logits[keep], batch.targets[keep]), keep.sum()
                 if not n_kept:  # but other ranks waited for this one's forward
                     continue
-                values = [torch.as_tensor(f(*kept)) * n_kept for f in metrics.values()]
-                numbers = [loss, torch.as_tensor(self.count(batch)), n_kept, *values]
-                totals += torch.stack([n.to(self.device, torch.float64) for n in numbers])
+                exact: Any = {"device": self.device, "dtype": torch.float64}
+                values = [torch.as_tensor(f(*kept), **exact) * n_kept for f in metrics.values()]
+                numbers = [loss, self.count(batch), n_kept, *values]
+                totals += torch.stack([torch.as_tensor(n, **exact) for n in numbers])
         loss_sum, divisor, n_targets, *sums = world.sum(totals).tolist()
         if not n_targets:
             raise UserError("Trainer: the validation loader gave no target")

@@ -313,7 +313,7 @@ class Snapshot:
         if self.cuda and pinned:
             self.content = self._pinned(size)
         else:
-            room = torch.empty(size + disk.PAGE, dtype=torch.uint8)
+            room = torch.empty(size + disk.PAGE, dtype=torch.uint8, device="cpu")
             self.content = room[-room.data_ptr() % disk.PAGE :][:size]
         self.content[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
         self.views: dict[str, Tensor] = {}
@@ -359,7 +359,8 @@ class Snapshot:
             if not view.is_floating_point() or not view.numel():
                 continue
             raw, size = view.flatten().view(torch.uint8).numpy(), view.element_size()
-            last = torch.tensor([torch.finfo(view.dtype).max], dtype=torch.float64).to(view.dtype)
+            largest = torch.finfo(view.dtype).max
+            last = torch.tensor([largest], dtype=torch.float64, device="cpu").to(view.dtype)
             finite = int.from_bytes(last.view(torch.uint8).tolist(), sys.byteorder)
             positive, negative = int(raw.view(f"i{size}").max()), int(raw.view(f"u{size}").max())
             if positive > finite or negative > finite + (1 << 8 * size - 1):

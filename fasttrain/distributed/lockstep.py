@@ -124,7 +124,7 @@ class Lockstep:
         self.deadline = math.inf  # on the clock that is below
         self._awake_s = 0.0  # how long the watchdog has run: a stopped process has no time
         self._world = world
-        self._pending: tuple[Tensor, dist.Work | None] = torch.tensor(0), None
+        self._pending: tuple[Tensor, dist.Work | None] = torch.tensor(0, device="cpu"), None
         if world.size > 1:
             threading.Thread(target=self._watch, name="fasttrain-watchdog", daemon=True).start()
 
@@ -132,7 +132,7 @@ class Lockstep:
         """Hand in what holds for this rank; learn, on several one call late, what holds for all."""
         agreed = 2 + self._world.rank if stop else int(time_over)
         if group := self._world.control:
-            mine, (before, work) = torch.tensor(agreed), self._pending
+            mine, (before, work) = torch.tensor(agreed, device="cpu"), self._pending
             if work is not None:
                 work.wait()
             agreed = int(before)

@@ -185,7 +185,7 @@ class _SlicesOfWhole(TorchDispatchMode):  # type: ignore[no-untyped-call]
         drawn = func in (aten.normal_.default, aten.uniform_.default)
         if not (drawn or func is aten.copy_.default) or locate(args[0]) is None:
             return func(*args, **(kwargs or {}))
-        whole = torch.empty(args[0].shape, dtype=args[0].dtype) if drawn else args[1]
+        whole = torch.empty(args[0].shape, dtype=args[0].dtype, device="cpu") if drawn else args[1]
         if drawn:
             func(whole, *args[1:], **(kwargs or {}))
         args[0].to_local().copy_(cut(whole, args[0]).to_local())  # type: ignore[attr-defined]

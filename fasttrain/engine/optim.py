@@ -150,7 +150,9 @@ def _tensors_of(state: Mapping[str, Any]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for key, value in state.items():
         if value is not None:  # else it is not made yet
-            whole: Any = torch.as_tensor(value)
+            whole: Any = value
+            if not isinstance(value, Tensor):
+                whole = torch.as_tensor(value, device="cpu")
             quantized = type(whole).__module__.startswith("torchao.")
             parts = whole.__tensor_flatten__()[0] if quantized else ()
             tensors |= {f"{key}/{part}": getattr(whole, part) for part in parts} or {key: whole}

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from fasttrain_kernels import FusedAdamW
 from torch import Tensor, nn
 
 from fasttrain import Trainer, train_loop
@@ -358,3 +359,31 @@ def test_train_loop_takes_the_cpu_where_there_is_no_gpu(capsys: pytest.CaptureFi
     assert capsys.readouterr().err.count("no CUDA device") == 1
     with pytest.raises(UserError, match="cuda:1"):
         train_loop(model, [rows()], optimizer, 1, device="cuda:1")
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, "meta"], ids=str)
+def test_a_default_dtype_or_device_changes_no_bit(default: Any, tmp_path: Path) -> None:
+    results = []
+    for changed in (False, True):
+        model, data = toy(), [rows(seed=i) for i in range(4)]
+        optimizer = FusedAdamW(model.parameters(), lr=0.1)
+        criterion = nn.CrossEntropyLoss(weight=WEIGHT)
+        device = "cpu"
+        if changed and default == "meta":
+            device = "meta"
+        if changed and device == "cpu":
+            torch.set_default_dtype(default)
+        try:
+            with torch.device(device):
+                trainer = trainer_of(
+                    model, criterion, optimizer=optimizer, run_dir=tmp_path / str(changed),
+                    train={"steps": 3, "ema_decay": 0.5, "max_grad_norm": 0.1},
+                    metrics={"accuracy": lambda logits, targets: 0.3},
+                )  # fmt: skip
+                trainer.train(data, data)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        numbers = trainer.metrics.values("val_loss") + trainer.metrics.values("val_accuracy")
+        tensors = [*model.parameters(), *trainer.ema.averages.values()]
+        results.append([numbers, [t.detach().tolist() for t in tensors]])
+    assert results[0] == results[1]
