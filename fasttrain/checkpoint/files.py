@@ -42,8 +42,8 @@ STEP = re.compile(r"(?:\.old-)?step-(\d{8,18})(?:-c\d+)?")  # -c7: a copy of the
 LEFTOVER = re.compile(
     r"\.old-step-\d{8,18}(?:-c\d+)?"
     r"|\.tmp-(?:latest|best|metrics\.jsonl|samples\.txt|tokenizer\.json"
-    r"|(?:removed-)?step-\d{8,18}(?:-c\d+)?(?:-(?:([0-9a-f]{24})|[0-9a-f]{16}))?(?:-\d+)?"
-    r"|(?:\.tmp-)?failed-[0-9a-f]{16,24}-\d+)"
+    r"|(?:removed-)?step-\d{8,18}(?:-c\d+)?(?:-(?:([0-9a-f]{24})|[0-9a-z]+))?(?:-\d+)?"
+    r"|(?:\.tmp-)?failed-[0-9a-z]+-\d+)"
 )
 FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}")
 # Windows lacks some of these flags, and opens files as text without its own.

@@ -22,6 +22,7 @@ from fasttrain.config.keys import UserError, is_a
 MAX_BYTES = 32 << 20  # 100,000 shards or tensors
 _MAX_VALUES = 2_000_000
 _MAX_DEPTH = 32  # what shows or stores a value recurses
+_SINKS = (os.devnull, "/dev/full")  # devices that keep nothing
 # Windows lacks these flags.
 _NO_WAIT = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
 _OWN = _NO_WAIT | getattr(os, "O_NOFOLLOW", 0)
@@ -59,7 +60,7 @@ def read_regular(path: Path, max_bytes: int) -> bytes:
             raise UserError(f"{path}: not a file")
         if status.st_size > max_bytes:
             raise UserError(f"{path}: {status.st_size} bytes, at most {max_bytes} are credible")
-        return file.read(max_bytes)
+        return file.read(status.st_size)  # room for as much is made at once
 
 
 def open_own(path: Path, flags: int) -> int:
@@ -88,7 +89,7 @@ def open_own(path: Path, flags: int) -> int:
     status = os.fstat(descriptor)
     if stat.S_ISREG(status.st_mode) and status.st_nlink <= 1:
         return descriptor
-    if os.path.samestat(status, os.stat(os.devnull)):  # takes all and keeps nothing
+    if any(os.path.samestat(status, os.stat(d)) for d in _SINKS if os.path.exists(d)):
         return descriptor
     os.close(descriptor)
     linked = "has another name elsewhere (a hard link), which would change with it"
