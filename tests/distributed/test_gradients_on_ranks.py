@@ -120,7 +120,7 @@ def flat(values: Any) -> list[float]:
 
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_unused_and_frozen_parameters_train_as_in_one_process(
+def test_R37_unused_and_frozen_parameters_train_as_in_one_process(
     found: Any, accumulate: int, mode: str
 ) -> None:
     expected = found[1][0][f"single {accumulate}"]
@@ -130,7 +130,7 @@ def test_unused_and_frozen_parameters_train_as_in_one_process(
 
 
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
-def test_a_step_that_failed_between_micro_batches_leaves_nothing_to_the_next(
+def test_R37_a_step_that_failed_between_micro_batches_leaves_nothing_to_the_next(
     found: Any, mode: str
 ) -> None:
     assert found[1][0]["single failed at 5"] == found[1][0]["single failed at None"]

@@ -76,7 +76,7 @@ def mean_gradients(model: nn.Module, *batches: Rows) -> list[Tensor | None]:
 
 
 @pytest.mark.parametrize("n_micro", [1, 2])
-def test_a_parameter_that_no_optimizer_holds_keeps_no_gradient_and_does_not_count(
+def test_R37_a_parameter_that_no_optimizer_holds_keeps_no_gradient_and_does_not_count(
     n_micro: int,
 ) -> None:
     model = toy()
@@ -91,7 +91,7 @@ def test_a_parameter_that_no_optimizer_holds_keeps_no_gradient_and_does_not_coun
 
 
 @pytest.mark.parametrize("how", ["a call", "a recheck"])
-def test_a_gradient_from_before_a_step_is_no_part_of_it(how: str) -> None:
+def test_R37_a_gradient_from_before_a_step_is_no_part_of_it(how: str) -> None:
     model = toy()
     step = custom_step(model, torch.optim.SGD(model.parameters(), lr=0.0))
     run: Callable[..., None] = step if how == "a call" else step.recheck
@@ -106,7 +106,7 @@ def test_a_gradient_from_before_a_step_is_no_part_of_it(how: str) -> None:
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, torch.OutOfMemoryError, RuntimeError])
 @pytest.mark.parametrize("where", ["forward", "backward"])
-def test_an_interrupted_step_leaves_no_gradient(error: type[BaseException], where: str) -> None:
+def test_R37_an_interrupted_step_leaves_no_gradient(error: type[BaseException], where: str) -> None:
     model = toy()
     step = custom_step(model, torch.optim.SGD(model.parameters(), lr=0.1), n_micro=3)
     calls = 0
@@ -133,7 +133,7 @@ def test_an_interrupted_step_leaves_no_gradient(error: type[BaseException], wher
     assert step.norm.item() == pytest.approx(norm.item(), rel=1e-5)
 
 
-def test_an_interrupted_step_of_our_model_leaves_zeros_where_gradients_are_kept() -> None:
+def test_R37_an_interrupted_step_of_our_model_leaves_zeros_where_gradients_are_kept() -> None:
     step, clean = (make("bf16", micro_batch=2, tokens_per_step=96) for _ in range(2))
     for one in (step, clean):
         one.keeps_grads = True
@@ -156,7 +156,7 @@ def test_an_interrupted_step_of_our_model_leaves_zeros_where_gradients_are_kept(
 
 
 @pytest.mark.parametrize("n_micro", [1, 2])
-def test_what_is_frozen_or_unfrozen_during_training_is_seen(n_micro: int) -> None:
+def test_R37_what_is_frozen_or_unfrozen_during_training_is_seen(n_micro: int) -> None:
     model = toy()
     model[1].requires_grad_(False)
     step = custom_step(model, torch.optim.SGD(model.parameters(), lr=0.1), n_micro, ema_decay=0.5)
@@ -206,7 +206,7 @@ HOOKS = ["parameter", "accumulated", "activation", "module"]
 
 @pytest.mark.parametrize("kind", HOOKS)
 @pytest.mark.parametrize("n_micro", [1, 2])
-def test_hooks_see_gradients_of_the_mean_of_a_custom_model(kind: str, n_micro: int) -> None:
+def test_R37_hooks_see_gradients_of_the_mean_of_a_custom_model(kind: str, n_micro: int) -> None:
     def seen_by(model: nn.Module, run: Callable[[], None]) -> Tensor:
         head, seen = model[2], list[Tensor]()  # type: ignore[index]
         if kind == "parameter":
@@ -238,7 +238,7 @@ def test_hooks_see_gradients_of_the_mean_of_a_custom_model(kind: str, n_micro: i
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("n_micro", [1, 4])
-def test_hooks_see_gradients_of_the_mean_of_our_model(dtype: str, n_micro: int) -> None:
+def test_R37_hooks_see_gradients_of_the_mean_of_our_model(dtype: str, n_micro: int) -> None:
     """In fp16 they are multiples of the gradient scale, as with torch.amp.GradScaler."""
     step = make(dtype, max_grad_norm=None)
     rows = uneven_rows()
