@@ -41,11 +41,12 @@ from fasttrain.engine.optim import (
     check_tensors,
     load_by_name,
     load_optimizer_tensors,
+    plain_name,
     state_by_name,
 )
 from fasttrain.engine.saving import collect
 from fasttrain.engine.schedule import n_stale
-from fasttrain.engine.step import TrainStep
+from fasttrain.engine.step import EMPTY, FINE, TrainStep
 from fasttrain.log.metrics import TrainingMetrics
 from fasttrain.log.sinks import Kind, Sinks, check_packages
 from fasttrain.model.transformer import Transformer
@@ -268,6 +269,12 @@ class Trainer:
             "criterion": getattr(criterion, "__qualname__", type(criterion).__name__),
             **states.facts_of_scheduler(scheduler),
             **states.facts_of_optimizer(optimizer, model),
+        }
+        # Masks and the like, which hold infinities from the start
+        self._unchecked = {
+            f"model.{plain_name(name)}"
+            for name, buffer in model.named_buffers()
+            if buffer.is_floating_point() and not buffer.is_meta and bool(buffer.isinf().any())
         }
         if self.writer is not None:  # what cannot be saved is refused now
             groups, _ = self._snapshot()
@@ -541,7 +548,7 @@ class Trainer:
         for number, (loss, norm, bad, *_) in enumerate(rows, start=self.step - len(rows) + 1):
             self.metrics.record(number, loss=loss, grad_norm=norm, lr=lr)
             self.skipped_steps += bool(bad)
-            if bad and self.config.train.on_nonfinite == "stop":
+            if bad not in (FINE, EMPTY) and self.config.train.on_nonfinite == "stop":
                 raise FloatingPointError(f"step {number}: loss {loss}, gradient norm {norm}")
         now, (then, before) = time.perf_counter(), self._logged_at
         self._logged_at = (now, self.step)
@@ -580,7 +587,9 @@ class Trainer:
         with self._holding_run_dir() if path is None else nullcontext():
             groups, state = self._snapshot()
             text, metric = config_to_toml(self.config, redact), self._last_result.get("val_loss")
-            saved = writer.save(self.step, groups, state, text, metric=metric)
+            saved = writer.save(
+                self.step, groups, state, text, metric=metric, unchecked=self._unchecked
+            )
             writer.wait()
         self._tell("on_checkpoint", saved)
         return saved

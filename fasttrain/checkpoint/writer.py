@@ -10,7 +10,7 @@ import mmap
 import os
 import sys
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,6 +40,7 @@ class _Save(NamedTuple):
     texts: dict[str, bytes]
     slices: SliceNumbers
     copied: list[torch.cuda.Event]
+    unchecked: frozenset[str]  # tensors that need not be finite
 
 
 class CheckpointWriter:
@@ -84,6 +85,7 @@ class CheckpointWriter:
         config_toml: str,
         *,
         metric: float | None = None,
+        unchecked: Collection[str] = (),
     ) -> Path:
         """Take a snapshot now and commit it in the background; later updates do not reach it.
 
@@ -91,7 +93,8 @@ class CheckpointWriter:
         0, or by rank 3 if its name ends in `@3`. `state`, `config_toml` and `metric` are rank 0's.
 
         A save waits for the one before. `best` moves to the lowest `metric` of the checkpoints that
-        verify. The folder that is returned exists once `wait` has returned.
+        verify. The folder that is returned exists once `wait` has returned. ``unchecked`` names
+        tensors, as ``model.mask``, that need not be finite.
 
         Raises CheckpointError if the save before this one failed (then call again: this one was not
         begun), or this one, if it is synchronous or its arguments are unfit.
@@ -116,6 +119,7 @@ class CheckpointWriter:
             texts={"state.json": state_json, "config.toml": config_toml.encode()},
             slices=slices,
             copied=self._snapshot(own),
+            unchecked=frozenset(unchecked),
         )
         name = f"checkpoint of rank {self._ranks.rank}"
         thread = ThreadPoolExecutor(1, thread_name_prefix=name)  # a new one: priorities only fall
@@ -180,9 +184,10 @@ class CheckpointWriter:
         save.partial.mkdir(exist_ok=True)  # another rank may have made it
         files = {}
         for file, snapshot in self._snapshots.items():
-            if name := snapshot.first_nonfinite():
+            group = file.partition(".")[0]
+            if name := snapshot.first_nonfinite(group, save.unchecked):
                 raise CheckpointError(
-                    f"checkpoint: {file.partition('.')[0]}.{name} is not finite at step "
+                    f"checkpoint: {group}.{name} is not finite at step "
                     f"{save.facts['step']}: not saved; resume from the last checkpoint with a "
                     "lower learning rate or other data"
                 )
@@ -349,14 +354,16 @@ class Snapshot:
         for name, view in self.views.items():
             view.copy_(tensors[name].detach(), non_blocking=self.cuda)
 
-    def first_nonfinite(self) -> str | None:
+    def first_nonfinite(self, group: str = "", unchecked: Collection[str] = ()) -> str | None:
         """Return the name of a tensor that is not finite; releases the GIL, starts no thread.
 
+        What ``unchecked`` names with its group, as ``model.mask``, is passed over.
         Apart from the sign, what is not finite has greater bits than the greatest finite number.
         """
         for name, view in self.views.items():
             view = torch.view_as_real(view) if view.is_complex() else view
-            if not view.is_floating_point() or not view.numel():
+            exempt = f"{group}.{name}" in unchecked
+            if exempt or not view.is_floating_point() or not view.numel():
                 continue
             raw, size = view.flatten().view(torch.uint8).numpy(), view.element_size()
             largest = torch.finfo(view.dtype).max

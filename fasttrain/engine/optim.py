@@ -149,7 +149,7 @@ def _tensors_of(state: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return the tensors of a parameter's state; a quantized one in parts, as ``<key>/<part>``."""
     tensors: dict[str, Tensor] = {}
     for key, value in state.items():
-        if value is not None:  # else it is not made yet
+        if isinstance(value, Tensor | bool | int | float):  # None is not made yet
             whole: Any = value
             if not isinstance(value, Tensor):
                 whole = torch.as_tensor(value, device="cpu")

@@ -1,5 +1,6 @@
 """`Trainer` on models and criteria as people have them: weighted means, frozen parts, wrappers."""
 
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -387,3 +388,51 @@ def test_a_default_dtype_or_device_changes_no_bit(default: Any, tmp_path: Path) 
         tensors = [*model.parameters(), *trainer.ema.averages.values()]
         results.append([numbers, [t.detach().tolist() for t in tensors]])
     assert results[0] == results[1]
+
+
+def test_a_mask_of_infinities_is_saved_and_a_statistic_that_becomes_infinite_is_not(
+    tmp_path: Path,
+) -> None:
+    mask = torch.full((3, 3), -math.inf).triu(1)
+    model = WithState(mask)
+    model.register_buffer("statistic", torch.zeros(3))
+    trainer = trainer_of(model, run_dir=tmp_path / "run")
+    trainer.train([rows()])
+    other = WithState(torch.zeros(3, 3))
+    other.register_buffer("statistic", torch.ones(3))
+    trainer_of(other).load_checkpoint(tmp_path / "run")
+    assert torch.equal(other.odd, mask)
+    model.statistic.fill_(math.inf)
+    with pytest.raises(UserError, match=r"model\.statistic is not finite"):
+        trainer.save_checkpoint(tmp_path / "other")
+
+
+def test_a_step_without_targets_does_not_stop_a_training_that_stops_at_nan() -> None:
+    model, data = toy(), rows()
+    empty = {"input_ids": data, "labels": torch.full_like(data, -100)}
+    trainer = trainer_of(model, train={"steps": 2, "on_nonfinite": "stop"})
+    trainer.train([empty, {"input_ids": data, "labels": data}])
+    assert (trainer.step, trainer.skipped_steps) == (2, 1)
+
+
+class Described(torch.optim.SGD):
+    """Keeps what is no tensor in its state."""
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p] |= {"kind": "matrix", "factors": [torch.ones(2), torch.zeros(2)]}
+        return super().step(closure)
+
+
+def test_optimizer_state_that_is_no_tensor_is_saved_and_loaded(tmp_path: Path) -> None:
+    model = toy()
+    trainer = trainer_of(model, optimizer=Described(model.parameters(), lr=0.1))
+    trainer.train([rows()])
+    trainer.save_checkpoint(tmp_path)
+    other = toy()
+    optimizer = Described(other.parameters(), lr=0.1)
+    trainer_of(other, optimizer=optimizer).load_checkpoint(tmp_path)
+    for state in optimizer.state.values():
+        assert state["kind"] == "matrix"
+        assert [t.tolist() for t in state["factors"]] == [[1.0, 1.0], [0.0, 0.0]]
