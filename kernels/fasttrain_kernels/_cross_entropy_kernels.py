@@ -21,7 +21,7 @@ All arithmetic is in fp32; the gradient is rounded once, when it is stored. Row 
 from ._triton import tl, triton
 
 LOG2E = tl.constexpr(1.4426950408889634)
-LOWEST = tl.constexpr(-3.4028234663852886e38)  # of a lane without logits: −∞ − −∞ would be NaN
+LOWEST = tl.constexpr(-2.0e38)  # of a lane without logits: times LOG2E it is still finite
 NO_COLUMN = tl.constexpr(2147483647)
 NAN_COLUMN = tl.constexpr(-(2**30))  # is added to the column of a NaN, which torch's argmax prefers
 
