@@ -85,7 +85,9 @@ def cross_entropy_reference(
     index = torch.where(valid & ~invalid, flat, torch.zeros_like(flat))
     lse = torch.logsumexp(x, dim=1)
     nll = lse - x.gather(1, index.unsqueeze(1)).squeeze(1)
-    losses = (1 - label_smoothing) * nll + z_loss * lse.square()
+    losses = (1 - label_smoothing) * nll
+    if z_loss:
+        losses = losses + z_loss * lse.square()
     if class_weight is not None:
         losses = losses * class_weight.to(x.dtype)[index]
     if label_smoothing:

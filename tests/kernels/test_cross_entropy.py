@@ -156,7 +156,9 @@ def test_a_target_out_of_range_is_nan_on_a_gpu_and_an_error_on_a_cpu(device, tar
     logits = torch.randn(3, 131, device=device, requires_grad=True)
     targets = torch.tensor([5, target, 7], device=device)
     if not use_triton(logits):
-        message = rf"target {target} of row 1 is outside \[0, V\) = \[0, 131\).*ignore_index={target}"
+        message = (
+            rf"target {target} of row 1 is outside \[0, V\) = \[0, 131\).*ignore_index={target}"
+        )
         for options in ({}, {"reduction": "none"}, {"inplace": True}):
             with pytest.raises(IndexError, match=message):
                 cross_entropy(logits * 1, targets, **options)

