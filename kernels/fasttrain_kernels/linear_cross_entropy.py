@@ -524,9 +524,9 @@ def linear_cross_entropy(
     Numerics: softmax and loss in fp32 from logits in the products' dtype; dlogits rounded once to
         that dtype; the weight gradient accumulated over chunks in fp32 and rounded once to
         ``weight.dtype``. A mean over no rows is 0 with zero gradients. A row depends on itself
-        alone, and an ignored one adds nothing to any gradient, even if it is NaN. Only the inputs that
-        require a gradient have one computed, and in evaluation none. Deterministic. Differentiable
-        once.
+        alone, and an ignored one adds nothing to any gradient, even if it is NaN. Only the inputs
+        that require a gradient have one computed, and in evaluation none. Deterministic.
+        Differentiable once.
 
     Memory: logits of one chunk (twice in half precision on a CPU), and the gradients; on a GPU, if
         ``weight`` alone is trained, a copy of a chunk's hidden states; two packed

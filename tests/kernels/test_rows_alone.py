@@ -204,7 +204,7 @@ def check_logits(
         close(f"gradient, {name}", grad[i], right.grads[0] * up, ERRORS[dtype])
 
 
-@settings(max_examples=6)
+@settings(max_examples=25)
 @given(
     dtype=st.sampled_from(list(ERRORS)), n_cols=st.sampled_from([11, 131, 700]), seed=SEEDS,
     options=OPTIONS, inplace=st.booleans(),
@@ -322,7 +322,7 @@ HIDDEN = {
 
 
 @pytest.mark.parametrize("path", list(PATHS))
-@settings(max_examples=6)
+@settings(max_examples=25)
 @given(**HIDDEN)
 def test_a_hidden_row_in_torch(path, dtype, n_cols, seed, options, poison, bias) -> None:
     check_hidden(linear_cross_entropy, dtype, n_cols, seed, options, poison, bias, **PATHS[path])
