@@ -3,11 +3,13 @@
 One fused softmax writes the probabilities p over the logits; the loss is read back as −log p_t, so
 a row of logits is traversed once for the loss and its gradient p − onehot(t) together. −log p_t is
 as exact as lse − x_t wherever p_t is a normal number; the rare rows below that are computed again
-from their logits. Branches on values cost nothing here: a CPU tensor needs no host sync.
+from their logits. Branches on values cost nothing here: a CPU tensor needs no host sync. A row
+depends on itself alone, whatever NaN or ±inf others hold.
 
 Legend: R rows of the block, V vocabulary.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -15,6 +17,57 @@ import torch
 from torch import Tensor
 
 from ._loss_options import LossOptions
+
+# Rows that are computed again at once: all of them may be such rows, and their logits take memory.
+_AGAIN = 64
+
+
+class Targets(NamedTuple):
+    """Targets of R rows, and which rows have none."""
+
+    values: Tensor  # (R,)
+    columns: Tensor  # (R, 1), int64, 0 in rows without a target
+    ignored: Tensor | None  # (R,), None if no row is ignored
+    invalid: Tensor | None  # (R,), None if all are in range
+
+    def of(self, rows: slice | Tensor) -> "Targets":
+        """Return those of some of the rows."""
+        values, columns, ignored, invalid = (None if x is None else x[rows] for x in self)
+        assert values is not None
+        assert columns is not None
+        return Targets(values, columns, ignored, invalid)
+
+
+def read_targets(
+    name: str, targets: Tensor, n_cols: int, ignore_index: int, *, strict: bool
+) -> Targets:
+    """Return what the targets of all rows, (N,), are.
+
+    Raises:
+        IndexError: a target is out of range, and ``strict``.
+    """
+    columns = targets.long().unsqueeze(1)
+    if targets.numel() == 0:
+        return Targets(targets, columns, None, None)
+    low, high = (end.item() for end in targets.aminmax())
+    if low >= 0 and high < n_cols and not 0 <= ignore_index < n_cols:
+        return Targets(targets, columns, None, None)
+    ignored = targets == ignore_index
+    invalid = ((targets < 0) | (targets >= n_cols)) & ~ignored
+    some_invalid = bool(invalid.any())
+    if strict and some_invalid:
+        row = int(invalid.nonzero()[0])
+        value = targets[row].item()
+        raise IndexError(
+            f"{name}: target {value} of row {row} is outside [0, V) = [0, {n_cols}) and is not "
+            f"ignore_index = {ignore_index}; pass ignore_index={value} if such rows are to be "
+            "ignored, else correct the targets or the number of classes."
+        )
+    columns = columns.masked_fill((ignored | invalid).unsqueeze(1), 0)
+    some_ignored = bool(ignored.any())
+    return Targets(
+        targets, columns, ignored if some_ignored else None, invalid if some_invalid else None
+    )
 
 
 class RowResult(NamedTuple):
@@ -28,7 +81,7 @@ class RowResult(NamedTuple):
 
 def cross_entropy_rows(
     logits: Tensor,
-    targets: Tensor,
+    targets: Targets,
     out: Tensor,
     options: LossOptions,
     *,
@@ -38,20 +91,14 @@ def cross_entropy_rows(
 ) -> RowResult:
     """Compute the losses of R rows and leave the gradient of their logits in ``out``.
 
-    Losses and gradient are not multiplied by ``options.scale``. ``out`` is (R, V) in fp32 or fp64,
-    as are the weights, and may be ``logits`` itself; without ``want_grad`` it is scratch.
+    Losses and gradient are not multiplied by ``options.scale``, and the gradient of ignored rows is
+    undefined: 0 is left to the caller, behind all factors. ``out`` is (R, V) in fp32 or fp64, as
+    are the weights, and may be ``logits`` itself; without ``want_grad`` it is scratch.
     ``logits_of`` is called after ``out`` was overwritten: it returns the logits of chosen rows.
     """
     n_cols = logits.shape[1]
-    class_weight, token_weight, _, ignore_index, smoothing, z_loss, softcap = options
-    index = targets.long().unsqueeze(1)
-    some_ignored = some_invalid = False
-    low, high = (end.item() for end in targets.aminmax())
-    if low < 0 or high >= n_cols or 0 <= ignore_index < n_cols:
-        ignored = targets == ignore_index
-        invalid = ((targets < 0) | (targets >= n_cols)) & ~ignored
-        some_ignored, some_invalid = bool(ignored.any()), bool(invalid.any())
-        index = index.masked_fill((ignored | invalid).unsqueeze(1), 0)
+    class_weight, token_weight, _, _, smoothing, z_loss, softcap = options
+    values, index, ignored, invalid = targets
 
     tanh = None
     if softcap:
@@ -60,7 +107,8 @@ def cross_entropy_rows(
     x_t = logits.gather(1, index).squeeze(1).to(out.dtype)
     correct = out.new_empty(0)
     if want_correct:
-        correct = (logits.argmax(dim=1) == targets).to(out.dtype)
+        hits = logits.argmax(dim=1) == values
+        correct = (hits if ignored is None else hits & ~ignored).to(out.dtype)
     weighted_sum = None
     if smoothing:
         x = logits.to(out.dtype)
@@ -71,13 +119,18 @@ def cross_entropy_rows(
     p_t = out.gather(1, index).squeeze(1)
     nll = p_t.log().neg_()
     lse = x_t + nll
-    if p_t.amin().item() < (tiny := torch.finfo(p_t.dtype).tiny):
-        rows = (p_t < tiny).nonzero().squeeze(1)
-        full = logits_of(rows).to(nll.dtype)
-        if softcap:
-            full = (full / softcap).tanh() * softcap
-        lse[rows] = torch.logsumexp(full, dim=1)
-        nll[rows] = lse[rows] - x_t[rows]
+    tiny = torch.finfo(p_t.dtype).tiny
+    if not p_t.amin().item() >= tiny:  # NaN where any row's is
+        again = ~(p_t >= tiny)
+        if ignored is not None:
+            again &= ~ignored
+        for rows in again.nonzero().squeeze(1).split(_AGAIN):
+            full = logits_of(rows).to(nll.dtype)
+            if softcap:
+                full = (full / softcap).tanh() * softcap
+            lse[rows] = torch.logsumexp(full, dim=1)
+            nll[rows] = lse[rows] - x_t[rows]
+        nll.masked_fill_(lse == math.inf, math.nan)  # ∞ − ∞, as torch has it
 
     row_weight = token_weight
     if class_weight is not None:
@@ -93,11 +146,11 @@ def cross_entropy_rows(
     if weighted_sum is not None:
         smooth_loss = (lse * weight_sum - weighted_sum) * (smoothing / n_cols)
         losses = losses + (smooth_loss if token_weight is None else smooth_loss * token_weight)
-    if some_ignored:
+    if ignored is not None:
         losses = losses.masked_fill(ignored, 0.0)
         lse = lse.masked_fill(ignored, 0.0)
-    if some_invalid:
-        losses = losses.masked_fill(invalid, float("nan"))
+    if invalid is not None:
+        losses = losses.masked_fill(invalid, math.nan)
     if not want_grad:
         return RowResult(losses, lse, correct, None)
 
@@ -121,8 +174,6 @@ def cross_entropy_rows(
         out.scatter_(1, index, (p_t - 1).unsqueeze(1))
     if tanh is not None:
         out.mul_(tanh.square_().neg_().add_(1))
-    if some_ignored:
-        out[ignored] = 0.0
-    if some_invalid:
-        out[invalid] = float("nan")
+    if invalid is not None:
+        out[invalid] = math.nan
     return RowResult(losses, lse, correct, factor)

@@ -22,6 +22,8 @@ from ._triton import tl, triton
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-2.0e38)  # of a lane without logits: times LOG2E it is still finite
+NO_COLUMN = tl.constexpr(2147483647)
+NAN_COLUMN = tl.constexpr(-(2**30))  # is added to the column of a NaN, which torch's argmax prefers
 
 
 @triton.jit
@@ -48,6 +50,12 @@ def _times_weight(x, cols, mask, class_weight_ptr, HAS_CLASS_WEIGHT: tl.constexp
 
 
 @triton.jit
+def _or_nan(x, cols, best):
+    """The columns of NaNs, as they precede all others; elsewhere ``best``."""
+    return tl.where(x != x, cols + NAN_COLUMN, best)
+
+
+@triton.jit
 def _accumulate(
     x, cols, lane_max, lane_sum, lane_best, ALIGN: tl.constexpr, HAS_CORRECT: tl.constexpr
 ):
@@ -60,8 +68,10 @@ def _accumulate(
     lane_sum *= tl.exp2((peak - lane_max) * -LOG2E)
     lane_sum += tl.sum(tl.exp2((x - peak[:, None]) * LOG2E), axis=1)
     if HAS_CORRECT:
-        cols = tl.where(x == peak[:, None], tl.reshape(cols, x.shape), 2147483647)
-        lane_best = tl.where(peak > lane_max, tl.min(cols, axis=1), lane_best)
+        cols = tl.reshape(cols, x.shape)
+        best = _or_nan(x, cols, tl.where(x == peak[:, None], cols, NO_COLUMN))
+        stays = (peak <= lane_max) | (lane_best < NAN_COLUMN // 2)
+        lane_best = tl.minimum(tl.where(stays, lane_best, NO_COLUMN), tl.min(best, axis=1))
     return peak, lane_sum, lane_best
 
 
@@ -69,7 +79,8 @@ def _accumulate(
 def _over_lanes(lane_max, lane_sum, lane_best, peak):
     """Sum of exp(x − peak) and first column of the peak."""
     total = tl.sum(lane_sum * tl.exp2((lane_max - peak) * LOG2E), axis=0)
-    return total, tl.min(tl.where(lane_max == peak, lane_best, 2147483647), axis=0)
+    candidates = (lane_max == peak) | (lane_best < NAN_COLUMN // 2)
+    return total, tl.min(tl.where(candidates, lane_best, NO_COLUMN), axis=0)
 
 
 @triton.jit
@@ -170,7 +181,7 @@ def cross_entropy_kernel(
     if COMPUTE_LOSS and not SINGLE_PASS:
         lane_max = tl.full([BLOCK_N // ALIGN], LOWEST, tl.float32)
         lane_sum = tl.zeros([BLOCK_N // ALIGN], tl.float32)
-        lane_best = tl.full([BLOCK_N // ALIGN], 2147483647, tl.int32)
+        lane_best = tl.full([BLOCK_N // ALIGN], NO_COLUMN, tl.int32)
         weighted = tl.zeros([BLOCK_N], tl.float32)
         for block in range(0, n_blocked, BLOCK_N):
             cols = block + offsets
@@ -185,7 +196,7 @@ def cross_entropy_kernel(
     x_rest = _load_logits(x_ptr, rest_cols, rest_mask, softcap, HAS_SOFTCAP, "evict_first")
     if COMPUTE_LOSS:
         rest_max, rest_sum, rest_best = _accumulate(
-            x_rest, rest_cols, LOWEST, 0.0, 2147483647, ALIGN, HAS_CORRECT
+            x_rest, rest_cols, LOWEST, 0.0, NO_COLUMN, ALIGN, HAS_CORRECT
         )
         peak = tl.max(rest_max, axis=0)
         if not SINGLE_PASS:
@@ -197,7 +208,7 @@ def cross_entropy_kernel(
             more, at = _over_lanes(lane_max, lane_sum, lane_best, peak)
             total, best = total + more, tl.minimum(best, at)
         if HAS_EDGES:
-            more, at = _over_lanes(x_edge, 1.0, edge_cols, peak)
+            more, at = _over_lanes(x_edge, 1.0, _or_nan(x_edge, edge_cols, edge_cols), peak)
             total, best = total + more, tl.minimum(best, at)
         if HAS_SMOOTHING:
             part = tl.where(rest_mask, x_rest, 0.0)
@@ -217,11 +228,15 @@ def cross_entropy_kernel(
         if HAS_SMOOTHING:
             loss += token_weight * uniform * (weight_sum * lse - weighted_sum)
         tl.store(loss_ptr + row, tl.where(in_range, loss * scale, nan))
-        tl.store(lse_ptr + row, lse)
+        # NaN for the gradient, as in torch, where a logit is +∞
+        tl.store(lse_ptr + row, tl.where(peak == float("inf"), peak, lse))
         if HAS_CORRECT:
+            best = tl.where(best < NAN_COLUMN // 2, best - NAN_COLUMN, best)
+            best = tl.where(best == NO_COLUMN, -head, best)  # all are −∞
             tl.store(correct_ptr + row, (best + head == target).to(tl.float32))
     else:
         lse = tl.load(lse_ptr + row)
+        lse = tl.where(lse == float("inf"), nan, lse)
 
     if WRITE_GRAD:
         scale *= upstream

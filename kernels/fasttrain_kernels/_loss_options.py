@@ -170,7 +170,8 @@ def mean_scale(
             weight = weight * class_weight.to(dtype)[index]
         if token_weight is not None:
             weight = weight * token_weight
-        total = weight.sum()
+        # Not a product: the weight of an ignored row may be NaN, or infinite.
+        total = torch.where(valid, weight, torch.zeros_like(weight)).sum()
     return torch.where(total == 0, torch.zeros_like(total), 1.0 / total)
 
 

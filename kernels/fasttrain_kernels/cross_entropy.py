@@ -28,7 +28,7 @@ from typing import Any, Literal, Unpack, overload
 import torch
 from torch import Tensor
 
-from ._cross_entropy_cpu import cross_entropy_rows
+from ._cross_entropy_cpu import cross_entropy_rows, read_targets
 from ._cross_entropy_kernels import cross_entropy_kernel
 from ._dispatch import (
     define_op,
@@ -119,15 +119,19 @@ def cross_entropy_reference(
     class_weight = class_weight_of("cross_entropy_reference", weight, class_weight)
     n_cols = logits.shape[-1]
     x = logits.reshape(-1, n_cols).to(accumulation_dtype(logits.dtype))
-    if softcap is not None:
-        x = torch.tanh(x / softcap) * softcap
     flat = targets.reshape(-1).long()
     valid = flat != ignore_index
+    # An ignored row's gradient is 0, where 0 · NaN would be NaN.
+    x = x.masked_fill(~valid.unsqueeze(1), 0.0)
+    if softcap is not None:
+        x = torch.tanh(x / softcap) * softcap
     invalid = valid & ((flat < 0) | (flat >= n_cols))
     index = torch.where(valid & ~invalid, flat, torch.zeros_like(flat))
     lse = torch.logsumexp(x, dim=1)
     nll = lse - x.gather(1, index.unsqueeze(1)).squeeze(1)
-    losses = (1 - label_smoothing) * nll + z_loss * lse.square()
+    losses = (1 - label_smoothing) * nll
+    if z_loss:
+        losses = losses + z_loss * lse.square()
     if class_weight is not None:
         losses = losses * class_weight.to(x.dtype)[index]
     if label_smoothing:
@@ -138,7 +142,9 @@ def cross_entropy_reference(
         losses = losses + label_smoothing / n_cols * smooth
     if token_weight is not None:
         losses = losses * token_weight.reshape(-1).to(x.dtype)
-    # A product, so that the gradient of an invalid row is NaN too.
+    # A product, so that the gradient of an invalid row is NaN too, and, as in torch, that of one
+    # with a logit of +inf.
+    invalid = invalid | (lse == float("inf"))
     losses = losses * torch.where(invalid, torch.full_like(losses, float("nan")), 1.0)
     losses = torch.where(valid, losses, torch.zeros_like(losses))
     loss = losses
@@ -264,6 +270,9 @@ def compute_cross_entropy(
             grad.mul_(upstream)
             return losses, lse, correct
     options, scale = options.to(dtype), options.scale
+    read = read_targets(
+        "cross_entropy", targets, n_cols, options.ignore_index, strict=not use_triton(logits)
+    )
     block = max(1, min(n_rows, _CPU_BLOCK_BYTES // (n_cols * dtype.itemsize)))
     direct = grad if grad is not None and grad.dtype == dtype else None
     scratch = logits.new_empty((block if direct is None else 0, n_cols), dtype=dtype)
@@ -274,7 +283,7 @@ def compute_cross_entropy(
         # An in-place gradient would leave nothing to compute an underflowing row from.
         source = x.clone() if out.data_ptr() == x.data_ptr() else x
         result = cross_entropy_rows(
-            source, targets[rows], out, options.of(rows), want_grad=grad is not None,
+            source, read.of(rows), out, options.of(rows), want_grad=grad is not None,
             want_correct=want_correct, logits_of=source.__getitem__,
         )  # fmt: skip
         if want_losses:
@@ -287,6 +296,8 @@ def compute_cross_entropy(
         if factors := [f for f in (result.factor, part, scale) if f is not None]:
             factor = reduce(torch.mul, factors)
             out.mul_(factor.unsqueeze(1) if factor.dim() else factor)
+        if read.ignored is not None:
+            out[read.ignored[rows]] = 0.0
         if direct is None:
             grad[rows] = out
     if want_losses and scale is not None:
@@ -491,9 +502,11 @@ def cross_entropy(
     Args:
         logits: (N, V) or (..., V); fp32, bf16, fp16 or fp64. V is the last dimension.
         targets: (N,) or (...), int64 or int32, in [0, V) or ``ignore_index``. A target outside
-            yields a NaN loss and a NaN gradient for its row.
+            is an IndexError on a CPU; on a GPU, which does not wait for the host, it yields a NaN
+            loss and a NaN gradient for its row.
         weight: torch's name for ``class_weight``.
-        ignore_index: target value whose rows add nothing to loss, gradient or count.
+        ignore_index: target value whose rows add nothing to loss, gradient or count, whatever they
+            hold.
         reduction: "mean" (over the summed row weights of rows not ignored), "sum" or "none".
         label_smoothing: ε in [0, 1], the share of the target spread evenly over all classes.
         z_loss: z ≥ 0, adds z·lse² to each row, weighted like the row.
@@ -517,10 +530,12 @@ def cross_entropy(
 
     Raises:
         ValueError: a shape, device or option that does not fit.
+        IndexError: a target out of range, on a CPU.
         TypeError: targets that are not integers, or an argument that other libraries have.
 
     Numerics: fp32 throughout, gradient rounded once. If no row counts (all ignored, or weights that
-        sum to zero) the mean is 0 with a zero gradient, where torch gives NaN. Deterministic.
+        sum to zero) the mean is 0 with a zero gradient, where torch gives NaN. A row depends on
+        itself alone: NaN and ±inf do what they do in torch, and in their row only. Deterministic.
         Differentiable once. Under transforms of torch.func it is `cross_entropy_reference`,
         differentiable any number of times.
 

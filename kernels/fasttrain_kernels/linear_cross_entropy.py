@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._cross_entropy_cpu import cross_entropy_rows
+from ._cross_entropy_cpu import cross_entropy_rows, read_targets
 from ._dispatch import (
     autocasts,
     define_op,
@@ -114,7 +114,9 @@ def linear_cross_entropy_reference(
 ) -> Tensor | tuple[Tensor, ...]:
     """Compute what `linear_cross_entropy` computes, in plain differentiable torch."""
     cast = None if bias is None else bias.to(hidden.dtype)
-    logits = F.linear(hidden, weight.to(hidden.dtype), cast)
+    # An ignored row adds 0 to the weight's gradient, where 0 · NaN would be NaN.
+    ignored = (targets == options.get("ignore_index", -100)).unsqueeze(-1)
+    logits = F.linear(hidden.masked_fill(ignored, 0.0), weight.to(hidden.dtype), cast)
     return cross_entropy_reference(
         logits, targets, return_lse=return_lse, return_accuracy=return_accuracy, **options
     )
@@ -235,6 +237,12 @@ def _on_kernels(
     align = 16 // hidden.element_size()
     buffer = new((min(rows, n_rows), -(-n_cols // align) * align))[:, :n_cols]
     any_grad = any(grad is not None for grad in grads)
+    # In the product for the weight's gradient a row of zeros times NaN would be NaN: there ignored
+    # hidden states are zeros too, in the memory of their gradient until that is computed.
+    ignored = (targets == options.ignore_index).unsqueeze(1)
+    zero = hidden.new_zeros(())
+    needs_scratch = grads.hidden is None and grads.weight is not None
+    scratch = new((min(rows, n_rows) if needs_scratch else 0, hidden.shape[1]))
     for start in range(0, n_rows, rows):
         part = slice(start, min(start + rows, n_rows))
         h = hidden[part]
@@ -246,10 +254,12 @@ def _on_kernels(
             correct=correct[part] if want_correct else None, class_weight_sum=weight_sum,
             upstream=upstream if upstream is None or upstream.dim() == 0 else upstream[part],
         )  # fmt: skip
+        if grads.weight is not None:
+            kept = scratch[: h.shape[0]] if grads.hidden is None else grads.hidden[part]
+            torch.where(ignored[part], zero, h, out=kept)
+            _accumulate(grads.weight, x, kept, start == 0)
         if grads.hidden is not None:
             torch.mm(x, weight, out=grads.hidden[part])
-        if grads.weight is not None:
-            _accumulate(grads.weight, x, h, start == 0)
         if grads.bias is not None:
             grads.bias.add_(x.sum(dim=0, dtype=grads.bias.dtype))
     return losses, lse_out, correct
@@ -262,9 +272,12 @@ def _on_torch(
     (n_rows, n_cols), dtype = (hidden.shape[0], weight.shape[0]), accumulation_dtype(hidden.dtype)
     options, scale = options.to(dtype), options.scale
     # Rows whose target is ignored are dropped before the product: exact, and padding costs nothing.
-    ignored = targets == options.ignore_index
-    everything = not bool(ignored.any())
-    kept = None if everything else (~ignored).nonzero().squeeze(1)
+    read = read_targets(
+        "linear_cross_entropy", targets, n_cols, options.ignore_index, strict=not use_triton(hidden)
+    )
+    kept = None if read.ignored is None else (~read.ignored).nonzero().squeeze(1)
+    read = read._replace(ignored=None)
+    everything = kept is None
     n_kept = n_rows if kept is None else kept.shape[0]
     new = hidden.new_empty if everything else hidden.new_zeros
     losses, lse_out = new(n_rows, dtype=dtype), new(n_rows, dtype=dtype)
@@ -284,7 +297,7 @@ def _on_torch(
     for start in range(0, n_kept, rows):
         chunk = slice(start, min(start + rows, n_kept))
         index = chunk if kept is None else kept[chunk]
-        h, t = hidden[index], targets[index]
+        h = hidden[index]
         x, out = narrow_buffer[: h.shape[0]], buffer[: h.shape[0]]
         for col in range(0, n_cols, strip):
             cols = slice(col, col + strip)
@@ -294,8 +307,8 @@ def _on_torch(
             return torch.nn.functional.linear(h[chosen], weight, bias)
 
         result = cross_entropy_rows(
-            x, t, out, options.of(index), want_grad=any_grad, want_correct=want_correct,
-            logits_of=logits_of,
+            x, read.of(index), out, options.of(index), want_grad=any_grad,
+            want_correct=want_correct, logits_of=logits_of,
         )  # fmt: skip
         losses[index], lse_out[index] = result.losses, result.lse
         if want_correct:
@@ -506,11 +519,14 @@ def _is_small(hidden: Tensor, weight: Tensor, max_chunk_mib: float | None) -> bo
     )
 
 
-def _all_in_range(targets: Tensor, n_cols: int) -> bool:
+def _all_count(targets: Tensor, n_cols: int, ignore_index: int) -> bool:
+    """Return whether there are targets, all in range, and none is ignored."""
     if targets.numel() == 0:
         return False
-    low, high = targets.aminmax()
-    return low.item() >= 0 and high.item() < n_cols
+    low, high = (end.item() for end in targets.aminmax())
+    if low < 0 or high >= n_cols:
+        return False
+    return not (low <= ignore_index <= high and bool((targets == ignore_index).any()))
 
 
 def _check_shapes(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> None:
@@ -599,9 +615,11 @@ def linear_cross_entropy(
             under autocast in autocast's.
         weight: (V, D); cast to that dtype for the call where it differs, its gradient is not.
         targets: (N,) or (B, T), int64 or int32, in [0, V) or ``ignore_index``. A target outside
-            yields a NaN loss and NaN gradients.
+            is an IndexError on a CPU; on a GPU, which does not wait for the host, and compiled for
+            a CPU from few logits, it yields a NaN loss and NaN gradients.
         bias: (V,).
-        ignore_index: target value whose rows add nothing to loss, gradient or count.
+        ignore_index: target value whose rows add nothing to loss, gradient or count, whatever they
+            hold.
         reduction: "mean" (over the summed row weights of rows not ignored), "sum" or "none".
         label_smoothing: ε in [0, 1], the share of the target spread evenly over all classes.
         z_loss: z ≥ 0, adds z·lse² to each row, weighted like the row.
@@ -623,20 +641,23 @@ def linear_cross_entropy(
 
     Raises:
         ValueError: a shape, device or option that does not fit.
+        IndexError: a target out of range, on a CPU.
         TypeError: targets that are not integers, operands that are not floating-point tensors, or
             an argument that other libraries have.
 
     Numerics: softmax and loss in fp32 from logits in the products' dtype; dlogits rounded once to
         that dtype; the weight gradient accumulated over chunks in fp32 and rounded once to
-        ``weight.dtype``. A mean over no rows is 0 with zero gradients. Only the inputs that
-        require a gradient have one computed, and in evaluation none. Deterministic. Differentiable
-        once. Under transforms of torch.func it is `linear_cross_entropy_reference`, which holds all
-        logits and is differentiable any number of times.
+        ``weight.dtype``. A mean over no rows is 0 with zero gradients. A row depends on itself
+        alone, and an ignored one adds nothing to any gradient, even if it is NaN. Only the inputs
+        that require a gradient have one computed, and in evaluation none. Deterministic.
+        Differentiable once. Under transforms of torch.func it is `linear_cross_entropy_reference`,
+        which holds all logits and is differentiable any number of times.
 
-    Memory: logits of one chunk (twice in half precision on a CPU), and the gradients; two packed
-        copies of the weight where C++ computes it. The gradients are saved tensors: activation
-        checkpointing frees them, and hooks can offload them. On a CPU up to 2²⁰ logits in fp32 or
-        fp64 are kept for backward, unless ``max_chunk_mib`` is given.
+    Memory: logits of one chunk (twice in half precision on a CPU), and the gradients; on a GPU, if
+        ``weight`` alone is trained, a copy of a chunk's hidden states; two packed copies of the
+        weight where C++ computes it. The gradients are saved tensors: activation checkpointing
+        frees them, and hooks can offload them. On a CPU up to 2²⁰ logits in fp32 or fp64 are kept
+        for backward, unless ``max_chunk_mib`` is given.
     """
     name = "linear_cross_entropy"
     require_tensors(
@@ -668,7 +689,7 @@ def linear_cross_entropy(
     if is_small:
         ours = z_loss or softcap or token_weight is not None or return_lse or return_accuracy
         ours = ours or is_traced(x) or fits(x, weight, bias, options)
-        if not ours and _all_in_range(flat_targets, n_cols):
+        if not ours and _all_count(flat_targets, n_cols, ignore_index):
             loss = F.cross_entropy(
                 F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)),
                 flat_targets.long(),

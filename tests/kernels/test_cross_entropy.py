@@ -5,6 +5,7 @@ import importlib
 
 import pytest
 import torch
+from fasttrain_kernels._dispatch import use_triton
 from fasttrain_kernels.cross_entropy import cross_entropy, cross_entropy_reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -151,9 +152,17 @@ def test_all_targets_ignored(device):
 
 
 @pytest.mark.parametrize("target", [131, -1, 2**40, -(2**40)])
-def test_target_out_of_range_is_nan(device, target):
+def test_a_target_out_of_range_is_nan_on_a_gpu_and_an_error_on_a_cpu(device, target):
     logits = torch.randn(3, 131, device=device, requires_grad=True)
     targets = torch.tensor([5, target, 7], device=device)
+    if not use_triton(logits):
+        message = (
+            rf"target {target} of row 1 is outside \[0, V\) = \[0, 131\).*ignore_index={target}"
+        )
+        for options in ({}, {"reduction": "none"}, {"inplace": True}):
+            with pytest.raises(IndexError, match=message):
+                cross_entropy(logits * 1, targets, **options)
+        return
     losses = cross_entropy(logits, targets, reduction="none")
     losses.sum().backward()
     assert losses.isnan().tolist() == [False, True, False]

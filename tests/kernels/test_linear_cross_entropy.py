@@ -214,10 +214,18 @@ def test_ignored_rows_reach_no_product(monkeypatch):
 
 
 @pytest.mark.parametrize("target", [21, -1, 2**40])
-def test_target_out_of_range_is_nan(device, target):
+def test_a_target_out_of_range_is_nan_on_a_gpu_and_an_error_on_a_cpu(device, target):
     hidden = torch.randn(3, 8, device=device, requires_grad=True)
     weight = torch.randn(21, 8, device=device, requires_grad=True)
     targets = torch.tensor([5, target, 7], device=device)
+    if not use_triton(hidden):
+        message = (
+            rf"target {target} of row 1 is outside \[0, V\) = \[0, 21\).*ignore_index={target}"
+        )
+        for options in ({}, {"reduction": "none"}, {"max_chunk_mib": SMALL_CHUNK}):
+            with pytest.raises(IndexError, match=message):
+                linear_cross_entropy(hidden, weight, targets, **options)
+        return
     losses = linear_cross_entropy(hidden, weight, targets, reduction="none")
     assert losses.isnan().tolist() == [False, True, False]
     linear_cross_entropy(hidden, weight, targets).backward()
