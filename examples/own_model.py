@@ -76,7 +76,7 @@ def main(folder: Path) -> None:
         DataLoader(words(64, seed=2), batch_size=16),
     )
     print(metrics.summary())
-    trainer.load_checkpoint(folder)
+    trainer.load_checkpoint()
     print(f"loaded step {trainer.step}")
 
 

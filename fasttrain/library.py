@@ -7,6 +7,7 @@ its batches, however many they are and however many ranks share them.
 Legend: B batch, T sequence, N = B·T, V vocabulary.
 """
 
+import math
 import os
 import signal
 import sys
@@ -41,12 +42,13 @@ from fasttrain.engine.optim import check_tensors, load_optimizer_tensors
 from fasttrain.engine.saving import collect
 from fasttrain.engine.schedule import n_stale
 from fasttrain.engine.step import TrainStep
+from fasttrain.log.console import Console
 from fasttrain.log.metrics import TrainingMetrics
 from fasttrain.log.sinks import Kind, Sinks, check_packages
 from fasttrain.model.transformer import Transformer
 from fasttrain.objective import Criterion, Objective, together
 from fasttrain.printing import say
-from fasttrain.run.folder import lock_run_dir, logged_bytes
+from fasttrain.run.folder import holds_run, lock_run_dir, logged_bytes, next_run_dir
 from fasttrain.run.provenance import provenance
 from fasttrain.run.resume import made_otherwise
 
@@ -145,12 +147,16 @@ class Trainer:
         config: a `TrainConfig`, or a dict of its sections. A warning names the keys that are set
             and have no effect here, as those of ``[model]``, ``[data]``, ``[optim]`` and
             ``[schedule]``. None, and a dict without a horizon: one epoch.
-        run_dir: where metrics and checkpoints go; None: nowhere. One trainer at a time has it, and
-            one that does not go on from its checkpoints finds it without any.
+        run_dir: where metrics and checkpoints go; None: nowhere. It is used by one trainer at a
+            time. Where it holds an earlier run when training begins, and `load_checkpoint` was not
+            called, this run goes to the next free folder: ``own-2`` after ``own``. The attribute
+            ``run_dir`` is then that folder.
         accumulate: batches of a step, on each rank.
         metrics: further numbers of an evaluation: (logits (N, V), targets (N,)) → mean, given only
             the targets that count.
         callbacks: told of what happens: objects with any of the methods of `Callback`.
+        quiet: print nothing. Else rank 0 prints what the command line prints: a line every
+            ``log.every_steps`` steps, evaluations, where it saves, and on a terminal a progress bar.
 
     Raises:
         UserError: the config asks for what this trainer does not do, a package is missing, a
@@ -170,6 +176,7 @@ class Trainer:
         accumulate: int = 1,
         metrics: Mapping[str, Criterion] | None = None,
         callbacks: Sequence[Any] = (),
+        quiet: bool = False,
     ) -> None:
         self.config = config = _resolve_config({} if config is None else config)
         callbacks = list(callbacks) if isinstance(callbacks, Iterable) else [callbacks]
@@ -236,6 +243,11 @@ class Trainer:
         self._why = ""  # the signal, as all ranks know it
         self._write: Callable[[Kind, dict[str, float]], None] = lambda *_: None
         self._held = False  # whether the run folder is locked
+        self._moved = False  # whether it is another one than the caller named
+        self._console = Console() if self.world.leads and not quiet else None
+        self._began = (time.perf_counter(), 0)  # the training, and at which step
+        self._last_step: int | None = None  # at which it ends, where that is known
+        self._n_tokens = self._n_logged = 0  # of this training, and of its steps up to the last line
         self._left_bytes: int | None = None  # of rows, as this trainer left or found its own run
         self._loader: Any = None
         self._loader_facts: dict[str, str] = {}
@@ -267,8 +279,8 @@ class Trainer:
             All that was recorded.
 
         Raises:
-            UserError: a batch or the model's output has the wrong shape; ``run_dir`` holds another
-                run; the loader is not that of the checkpoint.
+            UserError: a batch or the model's output has the wrong shape; another trainer uses
+                ``run_dir`` or went on in it; the loader is not that of the checkpoint.
             FloatingPointError: a loss or gradient was not finite, and ``train.on_nonfinite`` is
                 ``stop``.
             SystemExit: SIGINT, SIGTERM or SIGUSR1 came: the step under way was ended and saved. The
@@ -294,7 +306,7 @@ class Trainer:
     def train_epoch(self, loader: Batches) -> float:
         """Train to the end of one pass over ``loader``; return the mean of its steps' losses."""
         first = self.step
-        with self._training(loader, None):
+        with self._training(loader, None, n_epochs=self.epoch + 1):
             self._epoch(loader, None, self._agree)
             self._record()
         return self.metrics.mean("loss", since_step=first)
@@ -304,8 +316,13 @@ class Trainer:
         self._told = self._told or "stop"
 
     @contextmanager
-    def _training(self, loader: Batches, val_loader: Batches | None) -> Iterator[None]:
-        """Hold the run folder, heed signals and know the loaders, for the time of a training."""
+    def _training(
+        self, loader: Batches, val_loader: Batches | None, n_epochs: int | None = None
+    ) -> Iterator[None]:
+        """Hold the run folder, heed signals and know the loaders, for the time of a training.
+
+        It ends after ``n_epochs``; None: at the config's horizon.
+        """
         self._told = self._why = ""
         in_main = threading.current_thread() is threading.main_thread()
         with ExitStack() as stack:
@@ -324,40 +341,66 @@ class Trainer:
                 self._write = sinks.write
                 if self._loaded:
                     sinks.drop_after(self.step)
+            if self._console is not None:
+                stack.callback(self._console.clear_progress)
+            self._began = self._logged_at = (time.perf_counter(), self.step)
+            self._last_step = self._planned(loader, n_epochs)
+            self._n_tokens = self._n_logged = 0
             yield
             self._agree()
             path = self.save_checkpoint() if self._why else None
         if path is not None:
             if self.world.leads:
                 remedy = "to go on, have the same script call load_checkpoint() before train()"
+                if self._moved:
+                    remedy += f" with run_dir={str(self.run_dir)!r}"
                 tell(f"{self._why}: stopped after step {self.step}; {remedy}: {path}")
             raise SystemExit(EXIT_STOPPED)
 
     @contextmanager
     def _holding_run_dir(self) -> Iterator[None]:
-        """Lock the run folder; refuse one that holds another run than this trainer's."""
+        """Lock the run folder, or the next free one where it holds another run than this one."""
         if self.run_dir is None or self._held:
             yield
             return
         with ExitStack() as stack:
+            run_dir = self.run_dir
             with self.world.failing_together():
                 if self.world.leads:
-                    stack.enter_context(lock_run_dir(self.run_dir))
-                    self._refuse_other_run(self.run_dir)
+                    run_dir = self._claim_run_dir(stack, run_dir)
+            self._move_to(self.world.share(run_dir))
             self._held = True
             try:
                 yield
             finally:
                 self._held, self._left_bytes = False, logged_bytes(self.run_dir)
 
-    def _refuse_other_run(self, run_dir: Path) -> None:
-        n_bytes, saved = logged_bytes(run_dir), any((run_dir / "checkpoints").glob("*step-*"))
-        other = self._left_bytes not in (None, n_bytes)
-        if other or (self._left_bytes is None and (n_bytes or saved)):
-            found = "another trainer went on in {}" if other else "{} holds an earlier run"
-            go_on = "call load_checkpoint() to go on with it"
-            remedy = go_on if saved else "it was never saved: remove it"
-            raise UserError(f"Trainer: {found.format(run_dir)}; {remedy}, or give another run_dir")
+    def _claim_run_dir(self, stack: ExitStack, run_dir: Path) -> Path:
+        """Lock, until ``stack`` ends, the folder that this trainer is to use; return it."""
+        with ExitStack() as held:
+            held.enter_context(lock_run_dir(run_dir))
+            if self._left_bytes not in (None, logged_bytes(run_dir)):
+                raise UserError(
+                    f"Trainer: another trainer went on in {run_dir}; call load_checkpoint() to go "
+                    "on with it, or give another run_dir"
+                )
+            if self._left_bytes is not None or not holds_run(run_dir):
+                stack.push(held.pop_all())
+                return run_dir
+        return stack.enter_context(next_run_dir(run_dir))
+
+    def _move_to(self, run_dir: Path) -> None:
+        """Have metrics and checkpoints go to ``run_dir``; say so where that is another folder."""
+        if run_dir == self.run_dir:
+            return
+        if self._console is not None:
+            self._console.note(
+                f"{self.run_dir} holds an earlier run: this one goes to {run_dir} "
+                "(load_checkpoint() before train() goes on with the earlier one)"
+            )
+        self.run_dir, self._moved = run_dir, True
+        folder, keep_last = run_dir / "checkpoints", self.config.checkpoint.keep_last
+        self.writer = CheckpointWriter(folder, keep_last=keep_last, world=self.world)
 
     def _meet(self, loader: Batches, val_loader: Batches | None) -> None:
         """Take in the loaders: that of a checkpoint must be the same; say what is doubtful."""
@@ -377,6 +420,28 @@ class Trainer:
         self._loader, self._loader_facts = loader, facts
         self._random = states.generators(self.device, loader=loader, val_loader=val_loader)
         states.write(self._random, self._loaded.pop("random", {}))
+
+    def _planned(self, loader: Batches, n_epochs: int | None) -> int | None:
+        """Return the step at which the training ends; None where the loader has no length."""
+        loop = self.config.train
+        if n_epochs is None and loop.steps:
+            return loop.steps
+        try:
+            n_batches = len(loader)  # type: ignore[arg-type]
+        except (NotImplementedError, TypeError):  # of an iterable dataset
+            return None
+        per_epoch = -(-n_batches // self.accumulate)
+        done = self.batch_in_epoch // self.accumulate
+        more = int(loop.epochs or 0) if n_epochs is None else n_epochs
+        return self.step - done + per_epoch * (more - self.epoch)
+
+    def _pace(self, now: float) -> dict[str, Any]:
+        """Return how far the training is and how long it will take, as far as that is known."""
+        (then, first), last = self._began, self._last_step
+        if last is None or last <= first or self.step <= first:
+            return {}
+        left_s = (now - then) / (self.step - first) * max(0, last - self.step)
+        return {"progress": min(1.0, self.step / last), "left_s": left_s}
 
     def _agree(self) -> bool:
         """Learn, on all ranks alike, whether one of them was told to stop."""
@@ -410,6 +475,7 @@ class Trainer:
             self._step(group)
             self.step, self.batch_in_epoch = self.step + 1, self.batch_in_epoch + len(group)
             self._last_result = {}
+            self._draw_progress()
             if not tried:  # what cannot be saved is told now
                 tried, now = bool(self._snapshot()), states.own_values(loader)
                 for key in [key for key, new in now.items() if own_values.get(key, new) != new]:
@@ -458,7 +524,9 @@ class Trainer:
         return batches
 
     def _step(self, group: Sequence[Any]) -> None:
-        self.train_step([self.objective.prepare(batch) for batch in group], None)
+        batches = [self.objective.prepare(batch) for batch in group]
+        self._n_tokens += self.world.size * sum(batch.tokens.numel() for batch in batches)
+        self.train_step(batches, None)
         bad = self.train_step.verdict
         if self.scheduler is not None and not isinstance(self.scheduler, ReduceLROnPlateau):
             copied = torch.cuda.Event() if bad.is_cuda else None  # type: ignore[no-untyped-call]
@@ -498,12 +566,15 @@ class Trainer:
         before = states.read(self._random)
         self._last_result = result = self.evaluate(loader)
         states.write(self._random, before)
+        is_best = result["val_loss"] < min(self.val_losses, default=-math.inf)
         if not extra:
             self.val_losses.append(min(sys.float_info.max, result["val_loss"]))  # nan is no loss
             if isinstance(self.scheduler, ReduceLROnPlateau):
                 self.scheduler.step(result["val_loss"])
         self.metrics.record(self.step, **result)
         self._write("eval", {"step": self.step, **result})
+        if self._console is not None:
+            self._console.evaluation({"step": self.step, "best": is_best, **result})
         self._tell("on_evaluate", result)
 
     def _record(self) -> None:
@@ -523,6 +594,19 @@ class Trainer:
         row = {"step": self.step, **self.metrics.last(), "skipped_steps": self.skipped_steps}
         row["step_ms"] = 1000 * (now - then) / max(1, self.step - before)
         self._write("train", row)
+        n_tokens, self._n_logged = self._n_tokens - self._n_logged, self._n_tokens
+        if self._console is not None:
+            tokens_per_s = n_tokens / max(now - then, 1e-6)
+            self._console.train(row | {"tokens_per_s": tokens_per_s} | self._pace(now))
+
+    def _draw_progress(self) -> None:
+        """Redraw the progress bar, on a terminal: from what the host knows, so that nothing waits."""
+        if self._console is None or not self._console.interactive:
+            return
+        pace = self._pace(time.perf_counter())
+        if pace:
+            step, last = self.step, self._last_step
+            self._console.progress(step, last, self._n_tokens, pace["progress"], pace["left_s"])
 
     def _tell(self, event: str, *what: object) -> None:
         for callback in self.callbacks:
@@ -539,24 +623,28 @@ class Trainer:
                 it. Those of other steps in it stay. None: ``checkpoints`` in ``run_dir``.
 
         Raises:
-            UserError: there is neither, ``run_dir`` holds another run, ``path`` is a run folder or
-                a checkpoint, the disk is full, or the state of the scheduler, optimizer or loader
-                cannot be written.
+            UserError: there is neither, another trainer uses ``run_dir`` or went on in it, ``path``
+                is a run folder or a checkpoint, the disk is full, or the state of the scheduler,
+                optimizer or loader cannot be written.
         """
-        writer = self.writer
+        writer: CheckpointWriter | None = None
         if path is not None:
             if any((Path(path) / name).exists() for name in ("checkpoints", "manifest.json")):
                 said = "is a run folder or a checkpoint; give another folder"
                 raise UserError(f"save_checkpoint: {path} {said}")
             writer = CheckpointWriter(Path(path), keep_last=sys.maxsize, world=self.world)
-        if writer is None:
+        elif self.writer is None:
             raise UserError("Trainer: nowhere to save; pass a path, or give the trainer a run_dir")
         self._record()
         with self._holding_run_dir() if path is None else nullcontext():
+            writer = writer or self.writer  # which may have moved
+            assert writer is not None
             groups, state = self._snapshot()
             text, metric = config_to_toml(self.config, redact), self._last_result.get("val_loss")
             saved = writer.save(self.step, groups, state, text, metric=metric)
             writer.wait()
+        if self._console is not None:
+            self._console.note(f"saved {saved}")
         self._tell("on_checkpoint", saved)
         return saved
 
@@ -703,7 +791,7 @@ def train_loop(
     loop = {"epochs": max(1, num_epochs)}
     sections = {"run": run, "train": loop, "log": {"every_steps": log_interval}}
     tf32 = torch.get_float32_matmul_precision()  # as the caller has it, it stays
-    trainer = Trainer(model.train(), optimizer, config=sections)
+    trainer = Trainer(model.train(), optimizer, config=sections, quiet=True)
     torch.set_float32_matmul_precision(tf32)
     trainer._write = record
     # An optimizer that cannot be judged on the device would wait for it at each step.
