@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from functools import partial
 from itertools import islice
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ from fasttrain.distributed.sharding import cut, place
 from fasttrain.engine.optim import check_tensors, load_optimizer_tensors
 from fasttrain.engine.saving import collect
 from fasttrain.engine.schedule import n_stale
-from fasttrain.engine.step import TrainStep
+from fasttrain.engine.step import EMPTY, TrainStep
 from fasttrain.log.console import Console
 from fasttrain.log.metrics import TrainingMetrics
 from fasttrain.log.sinks import Kind, Sinks, check_packages
@@ -90,6 +91,127 @@ class Callback:
 
 
 _EVENTS = [name for name in vars(Callback) if name.startswith("on_")]
+
+
+def _named(value: Any) -> str:
+    """Return what a wrong argument is, for a message: a plain value, a class, or its type."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    if value is None or isinstance(value, bool | int | float):
+        return str(value)
+    if isinstance(value, str):
+        return repr(value if len(value) <= 80 else f"{value[:80]}…")
+    return f"of type {type(value).__name__}"
+
+
+def _path(name: str, value: Any) -> Path:
+    """Return an argument as a path, or refuse it."""
+    if not isinstance(value, str | Path):
+        raise UserError(f"Trainer: {name} is {_named(value)}; pass the path of a folder")
+    return Path(value)
+
+
+def _refuse_model(model: Any, who: str = "Trainer") -> None:
+    if isinstance(model, type):
+        raise UserError(f"{who}: model is {_named(model)}; pass an instance, {model.__name__}(…)")
+    if not isinstance(model, nn.Module):
+        raise UserError(f"{who}: model is {_named(model)}; pass a torch.nn.Module")
+
+
+def _refuse_loader(name: str, loader: Any) -> None:
+    if isinstance(loader, str | bytes | Mapping):
+        raise UserError(
+            f"Trainer: {name} is {_named(loader)}; pass a DataLoader or list of batches"
+        )
+    if isinstance(loader, type) or not (
+        hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")
+    ):
+        raise UserError(
+            f"Trainer: {name} is {_named(loader)}; pass a DataLoader or list of batches"
+        )
+
+
+def _refuse_arguments(
+    model: Any,
+    optimizer: Any,
+    scheduler: Any,
+    criterion: Any,
+    accumulate: Any,
+    metrics: Any,
+    callbacks: Sequence[Any],
+) -> None:
+    """Refuse an argument of `Trainer` that is of a wrong kind."""
+    _refuse_model(model)
+    if isinstance(optimizer, type) or not hasattr(optimizer, "param_groups"):
+        raise UserError(
+            f"Trainer: optimizer is {_named(optimizer)}; give one of torch.optim, over "
+            "model.parameters(), such as torch.optim.AdamW(model.parameters(), lr=1e-3)"
+        )
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise UserError(
+            f"Trainer: {type(optimizer).__name__} evaluates the loss by itself, several times a "
+            "step (its step needs a closure); give another optimizer"
+        )
+    if scheduler is not None and (
+        isinstance(scheduler, type | torch.optim.Optimizer)
+        or not callable(getattr(scheduler, "step", None))
+        or not callable(getattr(scheduler, "state_dict", None))
+    ):
+        raise UserError(
+            f"Trainer: scheduler is {_named(scheduler)}; give one of torch.optim.lr_scheduler, "
+            "such as CosineAnnealingLR(optimizer, T_max=1000), or None for a constant learning rate"
+        )
+    if criterion is not None and (isinstance(criterion, type) or not callable(criterion)):
+        raise UserError(
+            f"Trainer: criterion is {_named(criterion)}; give a function of logits (N, V) and "
+            "targets (N,), such as torch.nn.CrossEntropyLoss(), or None for cross-entropy"
+        )
+    if isinstance(accumulate, bool) or not isinstance(accumulate, Integral):
+        raise UserError(
+            f"Trainer: accumulate is {_named(accumulate)}; pass the number of batches of a step, "
+            "an integer of at least 1"
+        )
+    if accumulate < 1:
+        raise UserError(f"Trainer: accumulate must be at least 1, got {accumulate}")
+    if metrics is not None and not isinstance(metrics, Mapping):
+        raise UserError(
+            f"Trainer: metrics is {_named(metrics)}; pass a dict of names and functions of "
+            '(logits, targets), such as {"accuracy": accuracy}'
+        )
+    for name, metric in (metrics or {}).items():
+        if not isinstance(name, str):
+            raise UserError(f"Trainer: metrics has the name {name!r}; names are strings")
+        if isinstance(metric, type) or not callable(metric):
+            raise UserError(
+                f"Trainer: metrics[{name!r}] is {_named(metric)}; pass a function of logits (N, V) "
+                "and targets (N,) that returns their mean"
+            )
+    for callback in callbacks:
+        has_method = any(callable(getattr(callback, event, None)) for event in _EVENTS)
+        if isinstance(callback, type) or not has_method:
+            raise UserError(
+                f"Trainer: callbacks holds {callback!r}; give objects with any of "
+                f"{', '.join(_EVENTS)}"
+            )
+    if any(getattr(module, "sparse", False) is True for module in model.modules()):
+        raise UserError(
+            "Trainer: the model makes sparse gradients, of which there is no norm here; set "
+            "sparse=False"
+        )
+
+
+def _refuse_config(config: TrainConfig) -> None:
+    """Refuse a config that asks for what `Trainer` does not do."""
+    loop = config.train
+    if loop.steps is None and (loop.epochs or 0.5) % 1:
+        raise UserError("Trainer: set train.steps, or train.epochs to a whole number")
+    if loop.on_nonfinite == "rollback" or loop.on_spike != "off":
+        raise UserError(
+            "Trainer: does not go back or look for spikes; unset train.on_spike, and set "
+            "train.on_nonfinite=skip or stop"
+        )
+    if config.run.compile not in ("off", "auto", "c++", "default"):
+        raise UserError("Trainer: knows no CUDA graphs; use run.compile=default")
 
 
 def _resolve_config(given: Any) -> TrainConfig:
@@ -156,11 +278,11 @@ class Trainer:
             the targets that count.
         callbacks: told of what happens: objects with any of the methods of `Callback`.
         quiet: print nothing. Else rank 0 prints what the command line prints: a line every
-            ``log.every_steps`` steps, evaluations, where it saves, and on a terminal a progress bar.
+            ``log.every_steps`` steps, evaluations, where it saves; on a terminal a progress bar.
 
     Raises:
-        UserError: the config asks for what this trainer does not do, a package is missing, a
-            callback has no such method, another trainer has ``run_dir``, or a checkpoint could not
+        UserError: an argument is of a wrong kind, the config asks for what this trainer does not
+            do, a package is missing, another trainer uses ``run_dir``, or a checkpoint could not
             hold the state of the optimizer or scheduler.
     """
 
@@ -179,30 +301,19 @@ class Trainer:
         quiet: bool = False,
     ) -> None:
         self.config = config = _resolve_config({} if config is None else config)
-        callbacks = list(callbacks) if isinstance(callbacks, Iterable) else [callbacks]
-        loop, run = config.train, config.run
-        for wrong, said in (
-            (loop.steps is None and (loop.epochs or 0.5) % 1,
-             "set train.steps, or train.epochs to a whole number"),
-            (loop.on_nonfinite == "rollback" or loop.on_spike != "off",
-             "does not go back or look for spikes; unset train.on_spike, and set "
-             "train.on_nonfinite=skip or stop"),
-            (run.compile not in ("off", "auto", "c++", "default"),
-             "knows no CUDA graphs; use run.compile=default"),
-            (accumulate < 1, f"accumulate must be at least 1, got {accumulate}"),
-            (not hasattr(optimizer, "param_groups"),
-             f"optimizer is {optimizer!r}; give one of torch.optim, over model.parameters()"),
-            (isinstance(optimizer, torch.optim.LBFGS),
-             f"{type(optimizer).__name__} evaluates the loss by itself, several times a step "
-             "(its step needs a closure); give another optimizer"),
-            (any(getattr(module, "sparse", False) is True for module in model.modules()),
-             "the model makes sparse gradients, of which there is no norm here; set sparse=False"),
-            *((isinstance(c, type) or not any(callable(getattr(c, e, None)) for e in _EVENTS),
-               f"callbacks holds {c!r}; give objects with any of {', '.join(_EVENTS)}")
-              for c in callbacks),
-        ):  # fmt: skip
-            if wrong:
-                raise UserError(f"Trainer: {said}")
+        if callbacks is None:
+            raise UserError("Trainer: callbacks is None; pass a list of callbacks, or leave it out")
+        several = isinstance(callbacks, Iterable) and not isinstance(
+            callbacks, str | bytes | Mapping
+        )
+        callbacks = list(callbacks) if several else [callbacks]
+        _refuse_config(config)
+        _refuse_arguments(model, optimizer, scheduler, criterion, accumulate, metrics, callbacks)
+        if not isinstance(quiet, bool):
+            raise UserError(f"Trainer: quiet is {_named(quiet)}; pass True or False")
+        if run_dir is not None:
+            run_dir = _path("run_dir", run_dir)
+        accumulate = int(accumulate)
         met = {
             "fasttrain.Transformer": isinstance(model, Transformer),
             "torchrun": int(os.environ.get("WORLD_SIZE", "1")) > 1,
@@ -210,7 +321,7 @@ class Trainer:
             "criterion=None": criterion is None,
         }
         _warn_of_ignored(config, met)
-        if run.deterministic:
+        if config.run.deterministic:
             make_deterministic()
         self.world, self.device = place(model, optimizer, config)
         self.made_by = provenance(self.device)
@@ -245,9 +356,12 @@ class Trainer:
         self._held = False  # whether the run folder is locked
         self._moved = False  # whether it is another one than the caller named
         self._console = Console() if self.world.leads and not quiet else None
+        self._warned_of_no_targets = False
         self._began = (time.perf_counter(), 0)  # the training, and at which step
         self._last_step: int | None = None  # at which it ends, where that is known
-        self._n_tokens = self._n_logged = 0  # of this training, and of its steps up to the last line
+        self._n_tokens = self._n_logged = (
+            0  # of this training, and of its steps up to the last line
+        )
         self._left_bytes: int | None = None  # of rows, as this trainer left or found its own run
         self._loader: Any = None
         self._loader_facts: dict[str, str] = {}
@@ -286,6 +400,9 @@ class Trainer:
             SystemExit: SIGINT, SIGTERM or SIGUSR1 came: the step under way was ended and saved. The
                 status is 75, as on the command line. A second signal ends the process at once.
         """
+        _refuse_loader("train_loader", train_loader)
+        if val_loader is not None:
+            _refuse_loader("val_loader", val_loader)
         with self._training(train_loader, val_loader):
             while not self._over():
                 before, within = self.step, self.batch_in_epoch
@@ -305,6 +422,7 @@ class Trainer:
 
     def train_epoch(self, loader: Batches) -> float:
         """Train to the end of one pass over ``loader``; return the mean of its steps' losses."""
+        _refuse_loader("loader", loader)
         first = self.step
         with self._training(loader, None, n_epochs=self.epoch + 1):
             self._epoch(loader, None, self._agree)
@@ -587,6 +705,8 @@ class Trainer:
         for number, (loss, norm, bad, *_) in enumerate(rows, start=self.step - len(rows) + 1):
             self.metrics.record(number, loss=loss, grad_norm=norm, lr=lr)
             self.skipped_steps += bool(bad)
+            if bad == EMPTY:
+                self._warn_of_no_targets(number)
             if bad and self.config.train.on_nonfinite == "stop":
                 raise FloatingPointError(f"step {number}: loss {loss}, gradient norm {norm}")
         now, (then, before) = time.perf_counter(), self._logged_at
@@ -600,13 +720,28 @@ class Trainer:
             self._console.train(row | {"tokens_per_s": tokens_per_s} | self._pace(now))
 
     def _draw_progress(self) -> None:
-        """Redraw the progress bar, on a terminal: from what the host knows, so that nothing waits."""
+        """Redraw the progress bar, on a terminal, from what the host knows: nothing waits."""
         if self._console is None or not self._console.interactive:
             return
         pace = self._pace(time.perf_counter())
         if pace:
             step, last = self.step, self._last_step
             self._console.progress(step, last, self._n_tokens, pace["progress"], pace["left_s"])
+
+    def _warn_of_no_targets(self, step: int) -> None:
+        """Warn once that a step had nothing to learn from."""
+        if self._warned_of_no_targets:
+            return
+        self._warned_of_no_targets = True
+        if self.world.leads:
+            ignored = self.objective.ignore_index
+            warnings.warn(
+                f"Trainer: step {step} had no target, so that it was skipped: all of its labels "
+                f"(or target_ids) are {ignored}, the ignore_index, or padding. See that the loader "
+                f"sets labels to {ignored} for the prompt alone, and that no answer is cut off; "
+                "skipped_steps counts such steps",
+                stacklevel=2,
+            )
 
     def _tell(self, event: str, *what: object) -> None:
         for callback in self.callbacks:
@@ -629,10 +764,11 @@ class Trainer:
         """
         writer: CheckpointWriter | None = None
         if path is not None:
-            if any((Path(path) / name).exists() for name in ("checkpoints", "manifest.json")):
+            path = _path("path", path)
+            if any((path / name).exists() for name in ("checkpoints", "manifest.json")):
                 said = "is a run folder or a checkpoint; give another folder"
                 raise UserError(f"save_checkpoint: {path} {said}")
-            writer = CheckpointWriter(Path(path), keep_last=sys.maxsize, world=self.world)
+            writer = CheckpointWriter(path, keep_last=sys.maxsize, world=self.world)
         elif self.writer is None:
             raise UserError("Trainer: nowhere to save; pass a path, or give the trainer a run_dir")
         self._record()
@@ -688,7 +824,7 @@ class Trainer:
         """
         if (where := path or self.run_dir) is None:
             raise UserError("Trainer: name the checkpoint, or give the trainer a run_dir")
-        loaded = load(resolve(Path(where)))
+        loaded = load(resolve(_path("path", where)))
         if "library" not in loaded.state:
             remedy = "go on with what saved it, or take the model alone: fasttrain.load_model"
             raise UserError(f"{loaded.path}: was not saved by a Trainer of this version; {remedy}")
@@ -770,6 +906,17 @@ def train_loop(
     Numerics: cross-entropy in fp32, as `fasttrain_kernels.cross_entropy` describes. The norm is
     clipped as by `torch.nn.utils.clip_grad_norm_`.
     """
+    _refuse_model(model, "train_loop")
+    for name, value in (("num_epochs", num_epochs), ("log_interval", log_interval)):
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise UserError(f"train_loop: {name} is {_named(value)}; pass an integer")
+    if max_grad_norm is not None and (
+        isinstance(max_grad_norm, bool) or not isinstance(max_grad_norm, Real)
+    ):
+        raise UserError(
+            f"train_loop: max_grad_norm is {_named(max_grad_norm)}; pass a number, or None to clip "
+            "nothing"
+        )
     if num_epochs < 0 or log_interval < 1:
         given = f"num_epochs = {num_epochs} and log_interval = {log_interval}"
         raise UserError(f"train_loop: {given} must be at least 0 and 1")
