@@ -354,11 +354,11 @@ class Trainer:
         self._why = ""  # the signal, as all ranks know it
         self._write: Callable[[Kind, dict[str, float]], None] = lambda *_: None
         self._held = False  # whether the run folder is locked
-        self._moved = False  # whether it is another one than the caller named
+        self._named_run_dir = self.run_dir  # by the caller; it may have moved to another one
         self._console = Console() if self.world.leads and not quiet else None
         self._warned_of_no_targets = False
         self._began = (time.perf_counter(), 0)  # the training, and at which step
-        self._last_step: int | None = None  # at which it ends, where that is known
+        self._planned_steps: range | None = None  # of it, where its end is known
         self._n_tokens = self._n_logged = (
             0  # of this training, and of its steps up to the last line
         )
@@ -424,7 +424,7 @@ class Trainer:
         """Train to the end of one pass over ``loader``; return the mean of its steps' losses."""
         _refuse_loader("loader", loader)
         first = self.step
-        with self._training(loader, None, n_epochs=self.epoch + 1):
+        with self._training(loader, None, one_epoch=True):
             self._epoch(loader, None, self._agree)
             self._record()
         return self.metrics.mean("loss", since_step=first)
@@ -435,11 +435,11 @@ class Trainer:
 
     @contextmanager
     def _training(
-        self, loader: Batches, val_loader: Batches | None, n_epochs: int | None = None
+        self, loader: Batches, val_loader: Batches | None, *, one_epoch: bool = False
     ) -> Iterator[None]:
         """Hold the run folder, heed signals and know the loaders, for the time of a training.
 
-        It ends after ``n_epochs``; None: at the config's horizon.
+        It goes to the config's horizon, or with ``one_epoch`` to the end of a pass.
         """
         self._told = self._why = ""
         in_main = threading.current_thread() is threading.main_thread()
@@ -462,7 +462,7 @@ class Trainer:
             if self._console is not None:
                 stack.callback(self._console.clear_progress)
             self._began = self._logged_at = (time.perf_counter(), self.step)
-            self._last_step = self._planned(loader, n_epochs)
+            self._planned_steps = self._plan(loader, one_epoch=one_epoch)
             self._n_tokens = self._n_logged = 0
             yield
             self._agree()
@@ -470,7 +470,7 @@ class Trainer:
         if path is not None:
             if self.world.leads:
                 remedy = "to go on, have the same script call load_checkpoint() before train()"
-                if self._moved:
+                if self.run_dir != self._named_run_dir:
                     remedy += f" with run_dir={str(self.run_dir)!r}"
                 tell(f"{self._why}: stopped after step {self.step}; {remedy}: {path}")
             raise SystemExit(EXIT_STOPPED)
@@ -491,7 +491,8 @@ class Trainer:
             try:
                 yield
             finally:
-                self._held, self._left_bytes = False, logged_bytes(self.run_dir)
+                self._held = False
+                self._left_bytes = logged_bytes(self.run_dir) if holds_run(self.run_dir) else None
 
     def _claim_run_dir(self, stack: ExitStack, run_dir: Path) -> Path:
         """Lock, until ``stack`` ends, the folder that this trainer is to use; return it."""
@@ -505,18 +506,19 @@ class Trainer:
             if self._left_bytes is not None or not holds_run(run_dir):
                 stack.push(held.pop_all())
                 return run_dir
-        return stack.enter_context(next_run_dir(run_dir))
+        return stack.enter_context(next_run_dir(self._named_run_dir or run_dir))
 
     def _move_to(self, run_dir: Path) -> None:
         """Have metrics and checkpoints go to ``run_dir``; say so where that is another folder."""
         if run_dir == self.run_dir:
             return
         if self._console is not None:
+            saved = any((self.run_dir or run_dir).glob("checkpoints/*step-*"))
+            go_on = " (load_checkpoint() before train() goes on with the earlier one)" * saved
             self._console.note(
-                f"{self.run_dir} holds an earlier run: this one goes to {run_dir} "
-                "(load_checkpoint() before train() goes on with the earlier one)"
+                f"{self.run_dir} holds an earlier run: this one goes to {run_dir}{go_on}"
             )
-        self.run_dir, self._moved = run_dir, True
+        self.run_dir = run_dir
         folder, keep_last = run_dir / "checkpoints", self.config.checkpoint.keep_last
         self.writer = CheckpointWriter(folder, keep_last=keep_last, world=self.world)
 
@@ -539,27 +541,32 @@ class Trainer:
         self._random = states.generators(self.device, loader=loader, val_loader=val_loader)
         states.write(self._random, self._loaded.pop("random", {}))
 
-    def _planned(self, loader: Batches, n_epochs: int | None) -> int | None:
-        """Return the step at which the training ends; None where the loader has no length."""
+    def _plan(self, loader: Batches, *, one_epoch: bool) -> range | None:
+        """Return the steps to the config's horizon, or with ``one_epoch`` those of this pass.
+
+        None: the loader has no length.
+        """
         loop = self.config.train
-        if n_epochs is None and loop.steps:
-            return loop.steps
+        if loop.steps and not one_epoch:
+            return range(loop.steps)
         try:
             n_batches = len(loader)  # type: ignore[arg-type]
         except (NotImplementedError, TypeError):  # of an iterable dataset
             return None
         per_epoch = -(-n_batches // self.accumulate)
-        done = self.batch_in_epoch // self.accumulate
-        more = int(loop.epochs or 0) if n_epochs is None else n_epochs
-        return self.step - done + per_epoch * (more - self.epoch)
+        first_of_epoch = self.step - self.batch_in_epoch // self.accumulate
+        if one_epoch:
+            return range(first_of_epoch, first_of_epoch + per_epoch)
+        return range(first_of_epoch + per_epoch * (int(loop.epochs or 0) - self.epoch))
 
     def _pace(self, now: float) -> dict[str, Any]:
         """Return how far the training is and how long it will take, as far as that is known."""
-        (then, first), last = self._began, self._last_step
-        if last is None or last <= first or self.step <= first:
+        (then, first), planned = self._began, self._planned_steps
+        if not planned or self.step <= first:
             return {}
-        left_s = (now - then) / (self.step - first) * max(0, last - self.step)
-        return {"progress": min(1.0, self.step / last), "left_s": left_s}
+        left_s = (now - then) / (self.step - first) * max(0, planned.stop - self.step)
+        done = (self.step - planned.start) / len(planned)
+        return {"progress": min(1.0, done), "left_s": left_s}
 
     def _agree(self) -> bool:
         """Learn, on all ranks alike, whether one of them was told to stop."""
@@ -723,10 +730,10 @@ class Trainer:
         """Redraw the progress bar, on a terminal, from what the host knows: nothing waits."""
         if self._console is None or not self._console.interactive:
             return
-        pace = self._pace(time.perf_counter())
-        if pace:
-            step, last = self.step, self._last_step
-            self._console.progress(step, last, self._n_tokens, pace["progress"], pace["left_s"])
+        pace, planned = self._pace(time.perf_counter()), self._planned_steps
+        if pace and planned:
+            total, n_tokens = planned.stop, self._n_tokens
+            self._console.progress(self.step, total, n_tokens, pace["progress"], pace["left_s"])
 
     def _warn_of_no_targets(self, step: int) -> None:
         """Warn once that a step had nothing to learn from."""

@@ -610,11 +610,14 @@ def test_a_training_that_failed_before_its_first_row_leaves_its_folder_to_the_ne
     tmp_path: Path,
 ) -> None:
     made(tmp_path / "own", train={"steps": 1}).train([rows(4)])
+    failed = made(tmp_path / "own", train={"steps": 1})
     with pytest.raises(UserError, match="batch: is of type str"):
-        made(tmp_path / "own").train(["text"])
+        failed.train(["text"])
     trainer = made(tmp_path / "own", train={"steps": 1})
     trainer.train([rows(4)])
     assert trainer.run_dir == tmp_path / "own-2"
+    failed.train([rows(4)])
+    assert failed.run_dir == tmp_path / "own-3"
 
 
 def test_a_next_folder_that_another_trainer_uses_is_passed_over(tmp_path: Path) -> None:
