@@ -359,9 +359,8 @@ class Trainer:
         self._warned_of_no_targets = False
         self._began = (time.perf_counter(), 0)  # the training, and at which step
         self._planned_steps: range | None = None  # of it, where its end is known
-        self._n_tokens = self._n_logged = (
-            0  # of this training, and of its steps up to the last line
-        )
+        self._n_tokens = 0  # of this training
+        self._n_logged = 0  # of them, in the steps up to the last line
         self._left_bytes: int | None = None  # of rows, as this trainer left or found its own run
         self._loader: Any = None
         self._loader_facts: dict[str, str] = {}
