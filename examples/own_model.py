@@ -42,11 +42,15 @@ def words(n: int, seed: int) -> list[dict[str, Tensor]]:
     return rows
 
 
-class Say(Callback):
-    """Print each evaluation."""
+class Spell(Callback):
+    """After each evaluation, print how the model goes on from "abc"."""
 
+    @torch.no_grad()
     def on_evaluate(self, trainer: Trainer, result: dict[str, float]) -> None:
-        print(f"step {trainer.step}: {', '.join(f'{k} {v:.3f}' for k, v in result.items())}")
+        ids = torch.tensor([[1, 2, 3]])
+        while ids.shape[1] < LONGEST:
+            ids = torch.cat([ids, trainer.model(ids)[:, -1:].argmax(-1)], dim=1)
+        print("".join(f"_{LETTERS}"[number] for number in ids[0].tolist()))
 
 
 def main(folder: Path) -> None:
@@ -69,14 +73,14 @@ def main(folder: Path) -> None:
         config,
         run_dir=folder,
         metrics={"accuracy": lambda logits, targets: (logits.argmax(-1) == targets).float().mean()},
-        callbacks=[Say()],
+        callbacks=[Spell()],
     )
     metrics = trainer.train(
         DataLoader(words(512, seed=1), batch_size=16, shuffle=True),
         DataLoader(words(64, seed=2), batch_size=16),
     )
     print(metrics.summary())
-    trainer.load_checkpoint(folder)
+    trainer.load_checkpoint()
     print(f"loaded step {trainer.step}")
 
 

@@ -59,6 +59,7 @@ def main(folder: Path, mode: str) -> list[float]:
             trainer.load_checkpoint()
         metrics = trainer.train(loader, loader)  # every rank calls the same methods
         losses += metrics.values("loss")
+        folder = trainer.run_dir or folder  # another one where it held an earlier run
     if rank == 0:
         print(f"{n_ranks} ranks, {len(losses)} steps: loss {losses[0]:.4f} → {losses[-1]:.4f}")
     return losses

@@ -7,6 +7,7 @@ names. `transformers` itself is not needed; weights are read and written as safe
 import contextlib
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from fasttrain.checkpoint import CheckpointWriter, check_model
@@ -27,10 +29,11 @@ from fasttrain.config.untrusted import misfit, read_json
 from fasttrain.data.tokenizer import end_of_text_id, load_tokenizer
 from fasttrain.generate import load_model
 from fasttrain.model.transformer import Transformer, hidden_dim
-from fasttrain.printing import say
+from fasttrain.printing import printable, say
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 REMEDY = "give the folder of a downloaded model"
+PAD_TOKENS = ("<|pad|>", "<pad>", "[PAD]", "<|padding|>", "<|finetune_right_pad_id|>")
 REQUIRED = ("seq_len", "dim", "n_layers", "n_heads", "vocab_size")  # in a downloaded config
 # Settings that Hugging Face's three architectures lack.
 OURS_ALONE = ("embedding_norm", "bigram_vocab_size", "value_embeddings", "logit_softcap")
@@ -154,7 +157,7 @@ def _model_type_of(model: Transformer) -> str:
 
 
 def _hf_config(
-    model: Transformer, model_type: str, dtype: torch.dtype, eot: int | None
+    model: Transformer, model_type: str, dtype: torch.dtype, eot: int | None, pad: int | None
 ) -> dict[str, Any]:
     c, family = model.config, _FAMILIES[model_type]
     ours = asdict(c) | {"n_kv_heads": c.n_kv_heads or c.n_heads, "seq_len": model.seq_len}
@@ -166,6 +169,7 @@ def _hf_config(
         "use_cache": True,
         "bos_token_id": eot,
         "eos_token_id": eot,
+        "pad_token_id": pad,
         **{key: values[0] for key, values in family.only.items()},
         **{key: ours[name] for name, keys in _names(_KEYS, family).items() for key in keys},
     }
@@ -195,8 +199,9 @@ def _hf_tensors(model: Transformer, model_type: str, dtype: torch.dtype) -> dict
 def export_model(run: str | Path, out: str | Path, *, dtype: str = "fp32") -> Path:
     """Write a run's model as a folder that ``transformers`` loads; return that folder.
 
-    A run folder stands for its best checkpoint. ``out`` gets config.json, model.safetensors and,
-    where the run has one, its tokenizer.
+    A run folder stands for its best checkpoint. ``out`` gets config.json, model.safetensors, a
+    model card (README.md) and, where the run has one, its tokenizer. Padding is the tokenizer's own
+    padding token, or where it has none the token that ends a document.
 
     Raises:
         UserError: the model has parts that the three architectures lack, or ``out`` exists.
@@ -209,19 +214,23 @@ def export_model(run: str | Path, out: str | Path, *, dtype: str = "fp32") -> Pa
     tokenizer_file = candidates(Path(run))[0].parent.parent / "tokenizer.json"
     tokenizer = load_tokenizer(tokenizer_file) if tokenizer_file.is_file() else None
     eot = end_of_text_id(tokenizer) if tokenizer is not None else None
+    pad = _pad_id(tokenizer, eot) if tokenizer is not None else None
+    ids = {"bos_token_id": eot, "eos_token_id": eot, "pad_token_id": pad}
     files: dict[str, Any] = {
-        "config.json": _hf_config(model, model_type, DTYPES[dtype], eot),
-        "generation_config.json": {"bos_token_id": eot, "eos_token_id": eot},
+        "config.json": _hf_config(model, model_type, DTYPES[dtype], eot, pad),
+        "generation_config.json": ids,
     }
     out.mkdir(parents=True)
     if tokenizer is not None:
-        files["tokenizer_config.json"] = described = {
+        numbers = {key.removesuffix("_id"): number for key, number in ids.items()}
+        tokens = {k: tokenizer.id_to_token(n) for k, n in numbers.items() if n is not None}
+        files["tokenizer_config.json"] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_max_length": model.seq_len,
             "clean_up_tokenization_spaces": False,
+            **tokens,
         }
-        if eot is not None:
-            described |= dict.fromkeys(("bos_token", "eos_token"), tokenizer.id_to_token(eot))
+        files["special_tokens_map.json"] = tokens
         shutil.copyfile(tokenizer_file, out / "tokenizer.json")
     tensors = _hf_tensors(model, model_type, DTYPES[dtype])
     save_file(tensors, weights := out / "model.safetensors", metadata={"format": "pt"})
@@ -231,7 +240,60 @@ def export_model(run: str | Path, out: str | Path, *, dtype: str = "fp32") -> Pa
         weights.chmod(0o666 & ~umask)  # safetensors leaves it to its owner alone
     for name, value in files.items():
         (out / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    card = _model_card(model, _FAMILIES[model_type], out.name, tokenizer is not None)
+    (out / "README.md").write_text(card, encoding="utf-8")
     return out
+
+
+def _pad_id(tokenizer: Tokenizer, eot: int | None) -> int | None:
+    """Return the id to pad with: a token made for it, else the one that ends a document."""
+    ids = map(tokenizer.token_to_id, PAD_TOKENS)
+    return next((number for number in ids if number is not None), eot)
+
+
+def _model_card(model: Transformer, family: Family, name: str, has_tokenizer: bool) -> str:
+    """Return the README.md of an export, with the metadata that the Hub reads at its top."""
+    c, title = model.config, printable(name)
+    n_parameters = sum(p.numel() for p in model.parameters())
+    rows = {
+        "architecture": f"`{family.name}`",
+        "parameters": f"{n_parameters:,}",
+        "layers": c.n_layers,
+        "width": c.dim,
+        "attention heads": c.n_heads,
+        "context": f"{model.seq_len:,} tokens",
+        "vocabulary": f"{model.vocab_size:,} tokens",
+    }
+    load = "tokenizer = AutoTokenizer.from_pretrained(path)\n" if has_tokenizer else ""
+    names = "AutoModelForCausalLM, AutoTokenizer" if has_tokenizer else "AutoModelForCausalLM"
+    generate = """inputs = tokenizer("Once upon a time", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
+"""
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- fasttrain
+---
+
+# {title}
+
+A language model, trained with fasttrain.
+
+| | |
+|---|---|
+{table}
+
+```python
+from transformers import {names}
+
+path = "."  # this folder, or its name on the Hub
+{load}model = AutoModelForCausalLM.from_pretrained(path)
+{generate if has_tokenizer else ""}```
+
+Before you publish it, add the license, the languages, the training data and the intended uses.
+"""
 
 
 def _their_tensors(folder: Path, model_type: str) -> dict[str, Tensor]:
@@ -294,6 +356,8 @@ def import_model(folder: str | Path, run: str | Path, *, seq_len: int | None = N
     folder, run = Path(folder), Path(run)
     if run.exists():
         raise UserError(f"{run} exists already; name a new folder")
+    if not folder.is_dir():
+        raise UserError(_no_folder(folder))
     hf = read_json(folder / "config.json", REMEDY)
     config = _our_config(hf, folder, run, seq_len)
     tensors = _our_tensors(config, hf["model_type"], folder)
@@ -306,6 +370,20 @@ def import_model(folder: str | Path, run: str | Path, *, seq_len: int | None = N
     if (folder / "tokenizer.json").is_file():
         shutil.copyfile(folder / "tokenizer.json", run / "tokenizer.json")
     return run
+
+
+def _no_folder(folder: Path) -> str:
+    """Return what to say where there is no such folder: how to download a model from the Hub."""
+    name = folder.as_posix()
+    if folder.exists():
+        return f"{folder}: not a folder; {REMEDY}"
+    if not re.fullmatch(r"\w[\w.-]*(?:/\w[\w.-]*)?", name, re.ASCII):
+        return f"{folder}: no such folder; {REMEDY}"
+    return (
+        f"{folder}: no such folder; to download a model of that name from the Hugging Face Hub, "
+        f'run hf download {name} --include "*.json" "*.safetensors" --local-dir {name} '
+        "(huggingface-cli download in older versions), and then this command again"
+    )
 
 
 def _our_config(hf: Mapping[str, Any], folder: Path, run: Path, seq_len: int | None) -> TrainConfig:

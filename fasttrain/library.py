@@ -7,6 +7,7 @@ its batches, however many they are and however many ranks share them.
 Legend: B batch, T sequence, N = B·T, V vocabulary.
 """
 
+import math
 import os
 import signal
 import sys
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from functools import partial
 from itertools import islice
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,12 +49,13 @@ from fasttrain.engine.optim import (
 from fasttrain.engine.saving import collect
 from fasttrain.engine.schedule import n_stale
 from fasttrain.engine.step import EMPTY, FINE, TrainStep
+from fasttrain.log.console import Console
 from fasttrain.log.metrics import TrainingMetrics
 from fasttrain.log.sinks import Kind, Sinks, check_packages
 from fasttrain.model.transformer import Transformer
 from fasttrain.objective import Criterion, Objective, together, without_compiler
 from fasttrain.printing import say
-from fasttrain.run.folder import lock_run_dir, logged_bytes
+from fasttrain.run.folder import holds_run, lock_run_dir, logged_bytes, next_run_dir
 from fasttrain.run.provenance import provenance
 from fasttrain.run.resume import made_otherwise
 
@@ -100,6 +103,127 @@ def _set_mode(optimizer: torch.optim.Optimizer, mode: Literal["train", "eval"]) 
     """Switch an optimizer that evaluates at other weights than it trains, as schedule-free ones."""
     if all(callable(getattr(optimizer, name, None)) for name in ("train", "eval")):
         getattr(optimizer, mode)()
+
+
+def _named(value: Any) -> str:
+    """Return what a wrong argument is, for a message: a plain value, a class, or its type."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    if value is None or isinstance(value, bool | int | float):
+        return str(value)
+    if isinstance(value, str):
+        return repr(value if len(value) <= 80 else f"{value[:80]}…")
+    return f"of type {type(value).__name__}"
+
+
+def _path(name: str, value: Any) -> Path:
+    """Return an argument as a path, or refuse it."""
+    if not isinstance(value, str | Path):
+        raise UserError(f"Trainer: {name} is {_named(value)}; pass the path of a folder")
+    return Path(value)
+
+
+def _refuse_model(model: Any, who: str = "Trainer") -> None:
+    if isinstance(model, type):
+        raise UserError(f"{who}: model is {_named(model)}; pass an instance, {model.__name__}(…)")
+    if not isinstance(model, nn.Module):
+        raise UserError(f"{who}: model is {_named(model)}; pass a torch.nn.Module")
+
+
+def _refuse_loader(name: str, loader: Any) -> None:
+    if isinstance(loader, str | bytes | Mapping):
+        raise UserError(
+            f"Trainer: {name} is {_named(loader)}; pass a DataLoader or list of batches"
+        )
+    if isinstance(loader, type) or not (
+        hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")
+    ):
+        raise UserError(
+            f"Trainer: {name} is {_named(loader)}; pass a DataLoader or list of batches"
+        )
+
+
+def _refuse_arguments(
+    model: Any,
+    optimizer: Any,
+    scheduler: Any,
+    criterion: Any,
+    accumulate: Any,
+    metrics: Any,
+    callbacks: Sequence[Any],
+) -> None:
+    """Refuse an argument of `Trainer` that is of a wrong kind."""
+    _refuse_model(model)
+    if isinstance(optimizer, type) or not hasattr(optimizer, "param_groups"):
+        raise UserError(
+            f"Trainer: optimizer is {_named(optimizer)}; give one of torch.optim, over "
+            "model.parameters(), such as torch.optim.AdamW(model.parameters(), lr=1e-3)"
+        )
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise UserError(
+            f"Trainer: {type(optimizer).__name__} evaluates the loss by itself, several times a "
+            "step (its step needs a closure); give another optimizer"
+        )
+    if scheduler is not None and (
+        isinstance(scheduler, type | torch.optim.Optimizer)
+        or not callable(getattr(scheduler, "step", None))
+        or not callable(getattr(scheduler, "state_dict", None))
+    ):
+        raise UserError(
+            f"Trainer: scheduler is {_named(scheduler)}; give one of torch.optim.lr_scheduler, "
+            "such as CosineAnnealingLR(optimizer, T_max=1000), or None for a constant learning rate"
+        )
+    if criterion is not None and (isinstance(criterion, type) or not callable(criterion)):
+        raise UserError(
+            f"Trainer: criterion is {_named(criterion)}; give a function of logits (N, V) and "
+            "targets (N,), such as torch.nn.CrossEntropyLoss(), or None for cross-entropy"
+        )
+    if isinstance(accumulate, bool) or not isinstance(accumulate, Integral):
+        raise UserError(
+            f"Trainer: accumulate is {_named(accumulate)}; pass the number of batches of a step, "
+            "an integer of at least 1"
+        )
+    if accumulate < 1:
+        raise UserError(f"Trainer: accumulate must be at least 1, got {accumulate}")
+    if metrics is not None and not isinstance(metrics, Mapping):
+        raise UserError(
+            f"Trainer: metrics is {_named(metrics)}; pass a dict of names and functions of "
+            '(logits, targets), such as {"accuracy": accuracy}'
+        )
+    for name, metric in (metrics or {}).items():
+        if not isinstance(name, str):
+            raise UserError(f"Trainer: metrics has the name {name!r}; names are strings")
+        if isinstance(metric, type) or not callable(metric):
+            raise UserError(
+                f"Trainer: metrics[{name!r}] is {_named(metric)}; pass a function of logits (N, V) "
+                "and targets (N,) that returns their mean"
+            )
+    for callback in callbacks:
+        has_method = any(callable(getattr(callback, event, None)) for event in _EVENTS)
+        if isinstance(callback, type) or not has_method:
+            raise UserError(
+                f"Trainer: callbacks holds {callback!r}; give objects with any of "
+                f"{', '.join(_EVENTS)}"
+            )
+    if any(getattr(module, "sparse", False) is True for module in model.modules()):
+        raise UserError(
+            "Trainer: the model makes sparse gradients, of which there is no norm here; set "
+            "sparse=False"
+        )
+
+
+def _refuse_config(config: TrainConfig) -> None:
+    """Refuse a config that asks for what `Trainer` does not do."""
+    loop = config.train
+    if loop.steps is None and (loop.epochs or 0.5) % 1:
+        raise UserError("Trainer: set train.steps, or train.epochs to a whole number")
+    if loop.on_nonfinite == "rollback" or loop.on_spike != "off":
+        raise UserError(
+            "Trainer: does not go back or look for spikes; unset train.on_spike, and set "
+            "train.on_nonfinite=skip or stop"
+        )
+    if config.run.compile not in ("off", "auto", "c++", "default"):
+        raise UserError("Trainer: knows no CUDA graphs; use run.compile=default")
 
 
 def _resolve_config(given: Any) -> TrainConfig:
@@ -163,16 +287,20 @@ class Trainer:
         config: a `TrainConfig`, or a dict of its sections. A warning names the keys that are set
             and have no effect here, as those of ``[model]``, ``[data]``, ``[optim]`` and
             ``[schedule]``. None, and a dict without a horizon: one epoch.
-        run_dir: where metrics and checkpoints go; None: nowhere. One trainer at a time has it, and
-            one that does not go on from its checkpoints finds it without any.
+        run_dir: where metrics and checkpoints go; None: nowhere. It is used by one trainer at a
+            time. Where it holds an earlier run when training begins, and `load_checkpoint` was not
+            called, this run goes to the next free folder: ``own-2`` after ``own``. The attribute
+            ``run_dir`` is then that folder.
         accumulate: batches of a step, on each rank.
         metrics: further numbers of an evaluation: (logits (N, V), targets (N,)) → mean, given only
             the targets that count.
         callbacks: told of what happens: objects with any of the methods of `Callback`.
+        quiet: print nothing. Else rank 0 prints what the command line prints: a line every
+            ``log.every_steps`` steps, evaluations, where it saves; on a terminal a progress bar.
 
     Raises:
-        UserError: the config asks for what this trainer does not do, a package is missing, a
-            callback has no such method, another trainer has ``run_dir``, or a checkpoint could not
+        UserError: an argument is of a wrong kind, the config asks for what this trainer does not
+            do, a package is missing, another trainer uses ``run_dir``, or a checkpoint could not
             hold the state of the optimizer or scheduler.
     """
 
@@ -188,32 +316,22 @@ class Trainer:
         accumulate: int = 1,
         metrics: Mapping[str, Criterion] | None = None,
         callbacks: Sequence[Any] = (),
+        quiet: bool = False,
     ) -> None:
         self.config = config = _resolve_config({} if config is None else config)
-        callbacks = list(callbacks) if isinstance(callbacks, Iterable) else [callbacks]
-        loop, run = config.train, config.run
-        for wrong, said in (
-            (loop.steps is None and (loop.epochs or 0.5) % 1,
-             "set train.steps, or train.epochs to a whole number"),
-            (loop.on_nonfinite == "rollback" or loop.on_spike != "off",
-             "does not go back or look for spikes; unset train.on_spike, and set "
-             "train.on_nonfinite=skip or stop"),
-            (run.compile not in ("off", "auto", "c++", "default"),
-             "knows no CUDA graphs; use run.compile=default"),
-            (accumulate < 1, f"accumulate must be at least 1, got {accumulate}"),
-            (not hasattr(optimizer, "param_groups"),
-             f"optimizer is {optimizer!r}; give one of torch.optim, over model.parameters()"),
-            (isinstance(optimizer, torch.optim.LBFGS),
-             f"{type(optimizer).__name__} evaluates the loss by itself, several times a step "
-             "(its step needs a closure); give another optimizer"),
-            (any(getattr(module, "sparse", False) is True for module in model.modules()),
-             "the model makes sparse gradients, of which there is no norm here; set sparse=False"),
-            *((isinstance(c, type) or not any(callable(getattr(c, e, None)) for e in _EVENTS),
-               f"callbacks holds {c!r}; give objects with any of {', '.join(_EVENTS)}")
-              for c in callbacks),
-        ):  # fmt: skip
-            if wrong:
-                raise UserError(f"Trainer: {said}")
+        if callbacks is None:
+            raise UserError("Trainer: callbacks is None; pass a list of callbacks, or leave it out")
+        several = isinstance(callbacks, Iterable) and not isinstance(
+            callbacks, str | bytes | Mapping
+        )
+        callbacks = list(callbacks) if several else [callbacks]
+        _refuse_config(config)
+        _refuse_arguments(model, optimizer, scheduler, criterion, accumulate, metrics, callbacks)
+        if not isinstance(quiet, bool):
+            raise UserError(f"Trainer: quiet is {_named(quiet)}; pass True or False")
+        if run_dir is not None:
+            run_dir = _path("run_dir", run_dir)
+        accumulate = int(accumulate)
         met = {
             "fasttrain.Transformer": isinstance(without_compiler(model), Transformer),
             "torchrun": int(os.environ.get("WORLD_SIZE", "1")) > 1,
@@ -221,7 +339,7 @@ class Trainer:
             "criterion=None": criterion is None,
         }
         _warn_of_ignored(config, met)
-        if run.deterministic:
+        if config.run.deterministic:
             make_deterministic()
         self.world, self.device = place(model, optimizer, config)
         self.made_by = provenance(self.device)
@@ -255,6 +373,13 @@ class Trainer:
         self._why = ""  # the signal, as all ranks know it
         self._write: Callable[[Kind, dict[str, float]], None] = lambda *_: None
         self._held = False  # whether the run folder is locked
+        self._named_run_dir = self.run_dir  # by the caller; it may have moved to another one
+        self._console = Console() if self.world.leads and not quiet else None
+        self._warned_of_no_targets = False
+        self._began = (time.perf_counter(), 0)  # the training, and at which step
+        self._planned_steps: range | None = None  # of it, where its end is known
+        self._n_tokens = 0  # of this training
+        self._n_logged = 0  # of them, in the steps up to the last line
         self._left_bytes: int | None = None  # of rows, as this trainer left or found its own run
         self._loader: Any = None
         self._loader_facts: dict[str, str] = {}
@@ -293,13 +418,16 @@ class Trainer:
             All that was recorded.
 
         Raises:
-            UserError: a batch or the model's output has the wrong shape; ``run_dir`` holds another
-                run; the loader is not that of the checkpoint.
+            UserError: a batch or the model's output has the wrong shape; another trainer uses
+                ``run_dir`` or went on in it; the loader is not that of the checkpoint.
             FloatingPointError: a loss or gradient was not finite, and ``train.on_nonfinite`` is
                 ``stop``.
             SystemExit: SIGINT, SIGTERM or SIGUSR1 came: the step under way was ended and saved. The
                 status is 75, as on the command line. A second signal ends the process at once.
         """
+        _refuse_loader("train_loader", train_loader)
+        if val_loader is not None:
+            _refuse_loader("val_loader", val_loader)
         with self._training(train_loader, val_loader):
             while not self._over():
                 before, within = self.step, self.batch_in_epoch
@@ -319,8 +447,9 @@ class Trainer:
 
     def train_epoch(self, loader: Batches) -> float:
         """Train to the end of one pass over ``loader``; return the mean of its steps' losses."""
+        _refuse_loader("loader", loader)
         first = self.step
-        with self._training(loader, None):
+        with self._training(loader, None, one_epoch=True):
             self._epoch(loader, None, self._agree)
             self._record()
         return self.metrics.mean("loss", since_step=first)
@@ -330,8 +459,13 @@ class Trainer:
         self._told = self._told or "stop"
 
     @contextmanager
-    def _training(self, loader: Batches, val_loader: Batches | None) -> Iterator[None]:
-        """Hold the run folder, heed signals and know the loaders, for the time of a training."""
+    def _training(
+        self, loader: Batches, val_loader: Batches | None, *, one_epoch: bool = False
+    ) -> Iterator[None]:
+        """Hold the run folder, heed signals and know the loaders, for the time of a training.
+
+        It goes to the config's horizon, or with ``one_epoch`` to the end of a pass.
+        """
         self._told = self._why = ""
         in_main = threading.current_thread() is threading.main_thread()
         with ExitStack() as stack:
@@ -351,40 +485,68 @@ class Trainer:
                 self._write = sinks.write
                 if self._loaded:
                     sinks.drop_after(self.step)
+            if self._console is not None:
+                stack.callback(self._console.clear_progress)
+            self._began = self._logged_at = (time.perf_counter(), self.step)
+            self._planned_steps = self._plan(loader, one_epoch=one_epoch)
+            self._n_tokens = self._n_logged = 0
             yield
             self._agree()
             path = self.save_checkpoint() if self._why else None
         if path is not None:
             if self.world.leads:
                 remedy = "to go on, have the same script call load_checkpoint() before train()"
+                if self.run_dir != self._named_run_dir:
+                    remedy += f" with run_dir={str(self.run_dir)!r}"
                 tell(f"{self._why}: stopped after step {self.step}; {remedy}: {path}")
             raise SystemExit(EXIT_STOPPED)
 
     @contextmanager
     def _holding_run_dir(self) -> Iterator[None]:
-        """Lock the run folder; refuse one that holds another run than this trainer's."""
+        """Lock the run folder, or the next free one where it holds another run than this one."""
         if self.run_dir is None or self._held:
             yield
             return
         with ExitStack() as stack:
+            run_dir = self.run_dir
             with self.world.failing_together():
                 if self.world.leads:
-                    stack.enter_context(lock_run_dir(self.run_dir))
-                    self._refuse_other_run(self.run_dir)
+                    run_dir = self._claim_run_dir(stack, run_dir)
+            self._move_to(self.world.share(run_dir))
             self._held = True
             try:
                 yield
             finally:
-                self._held, self._left_bytes = False, logged_bytes(self.run_dir)
+                self._held = False
+                self._left_bytes = logged_bytes(self.run_dir) if holds_run(self.run_dir) else None
 
-    def _refuse_other_run(self, run_dir: Path) -> None:
-        n_bytes, saved = logged_bytes(run_dir), any((run_dir / "checkpoints").glob("*step-*"))
-        other = self._left_bytes not in (None, n_bytes)
-        if other or (self._left_bytes is None and (n_bytes or saved)):
-            found = "another trainer went on in {}" if other else "{} holds an earlier run"
-            go_on = "call load_checkpoint() to go on with it"
-            remedy = go_on if saved else "it was never saved: remove it"
-            raise UserError(f"Trainer: {found.format(run_dir)}; {remedy}, or give another run_dir")
+    def _claim_run_dir(self, stack: ExitStack, run_dir: Path) -> Path:
+        """Lock, until ``stack`` ends, the folder that this trainer is to use; return it."""
+        with ExitStack() as held:
+            held.enter_context(lock_run_dir(run_dir))
+            if self._left_bytes not in (None, logged_bytes(run_dir)):
+                raise UserError(
+                    f"Trainer: another trainer went on in {run_dir}; call load_checkpoint() to go "
+                    "on with it, or give another run_dir"
+                )
+            if self._left_bytes is not None or not holds_run(run_dir):
+                stack.push(held.pop_all())
+                return run_dir
+        return stack.enter_context(next_run_dir(self._named_run_dir or run_dir))
+
+    def _move_to(self, run_dir: Path) -> None:
+        """Have metrics and checkpoints go to ``run_dir``; say so where that is another folder."""
+        if run_dir == self.run_dir:
+            return
+        if self._console is not None:
+            saved = any((self.run_dir or run_dir).glob("checkpoints/*step-*"))
+            go_on = " (load_checkpoint() before train() goes on with the earlier one)" * saved
+            self._console.note(
+                f"{self.run_dir} holds an earlier run: this one goes to {run_dir}{go_on}"
+            )
+        self.run_dir = run_dir
+        folder, keep_last = run_dir / "checkpoints", self.config.checkpoint.keep_last
+        self.writer = CheckpointWriter(folder, keep_last=keep_last, world=self.world)
 
     def _meet(self, loader: Batches, val_loader: Batches | None) -> None:
         """Take in the loaders: that of a checkpoint must be the same; say what is doubtful."""
@@ -404,6 +566,33 @@ class Trainer:
         self._loader, self._loader_facts = loader, facts
         self._random = states.generators(self.device, loader=loader, val_loader=val_loader)
         states.write(self._random, self._loaded.pop("random", {}))
+
+    def _plan(self, loader: Batches, *, one_epoch: bool) -> range | None:
+        """Return the steps to the config's horizon, or with ``one_epoch`` those of this pass.
+
+        None: the loader has no length.
+        """
+        loop = self.config.train
+        if loop.steps and not one_epoch:
+            return range(loop.steps)
+        try:
+            n_batches = len(loader)  # type: ignore[arg-type]
+        except (NotImplementedError, TypeError):  # of an iterable dataset
+            return None
+        per_epoch = -(-n_batches // self.accumulate)
+        first_of_epoch = self.step - self.batch_in_epoch // self.accumulate
+        if one_epoch:
+            return range(first_of_epoch, first_of_epoch + per_epoch)
+        return range(first_of_epoch + per_epoch * (int(loop.epochs or 0) - self.epoch))
+
+    def _pace(self, now: float) -> dict[str, Any]:
+        """Return how far the training is and how long it will take, as far as that is known."""
+        (then, first), planned = self._began, self._planned_steps
+        if not planned or self.step <= first:
+            return {}
+        left_s = (now - then) / (self.step - first) * max(0, planned.stop - self.step)
+        done = (self.step - planned.start) / len(planned)
+        return {"progress": min(1.0, done), "left_s": left_s}
 
     def _agree(self) -> bool:
         """Learn, on all ranks alike, whether one of them was told to stop."""
@@ -438,6 +627,7 @@ class Trainer:
             self._step(group)
             self.step, self.batch_in_epoch = self.step + 1, self.batch_in_epoch + len(group)
             self._last_result = {}
+            self._draw_progress()
             if not tried:  # what cannot be saved is told now
                 tried, now = bool(self._snapshot()), states.own_values(loader)
                 for key in [key for key, new in now.items() if own_values.get(key, new) != new]:
@@ -486,7 +676,9 @@ class Trainer:
         return batches
 
     def _step(self, group: Sequence[Any]) -> None:
-        self.train_step([self.objective.prepare(batch) for batch in group], None)
+        batches = [self.objective.prepare(batch) for batch in group]
+        self._n_tokens += self.world.size * sum(batch.tokens.numel() for batch in batches)
+        self.train_step(batches, None)
         bad = self.train_step.verdict
         if self.scheduler is not None and not isinstance(self.scheduler, ReduceLROnPlateau):
             copied = torch.cuda.Event() if bad.is_cuda else None  # type: ignore[no-untyped-call]
@@ -530,12 +722,15 @@ class Trainer:
         before = states.read(self._random)
         self._last_result = result = self.evaluate(loader)
         states.write(self._random, before)
+        is_best = result["val_loss"] < min(self.val_losses, default=-math.inf)
         if not extra:
             self.val_losses.append(min(sys.float_info.max, result["val_loss"]))  # nan is no loss
             if isinstance(self.scheduler, ReduceLROnPlateau):
                 self.scheduler.step(result["val_loss"])
         self.metrics.record(self.step, **result)
         self._write("eval", {"step": self.step, **result})
+        if self._console is not None:
+            self._console.evaluation({"step": self.step, "best": is_best, **result})
         self._tell("on_evaluate", result)
 
     def _record(self) -> None:
@@ -548,13 +743,43 @@ class Trainer:
         for number, (loss, norm, bad, *_) in enumerate(rows, start=self.step - len(rows) + 1):
             self.metrics.record(number, loss=loss, grad_norm=norm, lr=lr)
             self.skipped_steps += bool(bad)
-            if bad not in (FINE, EMPTY) and self.config.train.on_nonfinite == "stop":
+            if bad == EMPTY:
+                self._warn_of_no_targets(number)
+            elif bad != FINE and self.config.train.on_nonfinite == "stop":
                 raise FloatingPointError(f"step {number}: loss {loss}, gradient norm {norm}")
         now, (then, before) = time.perf_counter(), self._logged_at
         self._logged_at = (now, self.step)
         row = {"step": self.step, **self.metrics.last(), "skipped_steps": self.skipped_steps}
         row["step_ms"] = 1000 * (now - then) / max(1, self.step - before)
         self._write("train", row)
+        n_tokens, self._n_logged = self._n_tokens - self._n_logged, self._n_tokens
+        if self._console is not None:
+            tokens_per_s = n_tokens / max(now - then, 1e-6)
+            self._console.train(row | {"tokens_per_s": tokens_per_s} | self._pace(now))
+
+    def _draw_progress(self) -> None:
+        """Redraw the progress bar, on a terminal, from what the host knows: nothing waits."""
+        if self._console is None or not self._console.interactive:
+            return
+        pace, planned = self._pace(time.perf_counter()), self._planned_steps
+        if pace and planned:
+            total, n_tokens = planned.stop, self._n_tokens
+            self._console.progress(self.step, total, n_tokens, pace["progress"], pace["left_s"])
+
+    def _warn_of_no_targets(self, step: int) -> None:
+        """Warn once that a step had nothing to learn from."""
+        if self._warned_of_no_targets:
+            return
+        self._warned_of_no_targets = True
+        if self.world.leads:
+            ignored = self.objective.ignore_index
+            warnings.warn(
+                f"Trainer: step {step} had no target, so that it was skipped: all of its labels "
+                f"(or target_ids) are {ignored}, the ignore_index, or padding. See that the loader "
+                f"sets labels to {ignored} for the prompt alone, and that no answer is cut off; "
+                "skipped_steps counts such steps",
+                stacklevel=2,
+            )
 
     def _tell(self, event: str, *what: object) -> None:
         for callback in self.callbacks:
@@ -571,26 +796,31 @@ class Trainer:
                 it. Those of other steps in it stay. None: ``checkpoints`` in ``run_dir``.
 
         Raises:
-            UserError: there is neither, ``run_dir`` holds another run, ``path`` is a run folder or
-                a checkpoint, the disk is full, or the state of the scheduler, optimizer or loader
-                cannot be written.
+            UserError: there is neither, another trainer uses ``run_dir`` or went on in it, ``path``
+                is a run folder or a checkpoint, the disk is full, or the state of the scheduler,
+                optimizer or loader cannot be written.
         """
-        writer = self.writer
+        writer: CheckpointWriter | None = None
         if path is not None:
-            if any((Path(path) / name).exists() for name in ("checkpoints", "manifest.json")):
+            path = _path("path", path)
+            if any((path / name).exists() for name in ("checkpoints", "manifest.json")):
                 said = "is a run folder or a checkpoint; give another folder"
                 raise UserError(f"save_checkpoint: {path} {said}")
-            writer = CheckpointWriter(Path(path), keep_last=sys.maxsize, world=self.world)
-        if writer is None:
+            writer = CheckpointWriter(path, keep_last=sys.maxsize, world=self.world)
+        elif self.writer is None:
             raise UserError("Trainer: nowhere to save; pass a path, or give the trainer a run_dir")
         self._record()
         with self._holding_run_dir() if path is None else nullcontext():
+            writer = writer or self.writer  # which may have moved
+            assert writer is not None
             groups, state = self._snapshot()
             text, metric = config_to_toml(self.config, redact), self._last_result.get("val_loss")
             saved = writer.save(
                 self.step, groups, state, text, metric=metric, unchecked=self._unchecked
             )
             writer.wait()
+        if self._console is not None:
+            self._console.note(f"saved {saved}")
         self._tell("on_checkpoint", saved)
         return saved
 
@@ -634,7 +864,7 @@ class Trainer:
         """
         if (where := path or self.run_dir) is None:
             raise UserError("Trainer: name the checkpoint, or give the trainer a run_dir")
-        loaded = load(resolve(Path(where)))
+        loaded = load(resolve(_path("path", where)))
         if "library" not in loaded.state:
             remedy = "go on with what saved it, or take the model alone: fasttrain.load_model"
             raise UserError(f"{loaded.path}: was not saved by a Trainer of this version; {remedy}")
@@ -717,6 +947,17 @@ def train_loop(
     Numerics: cross-entropy in fp32, as `fasttrain_kernels.cross_entropy` describes. The norm is
     clipped as by `torch.nn.utils.clip_grad_norm_`.
     """
+    _refuse_model(model, "train_loop")
+    for name, value in (("num_epochs", num_epochs), ("log_interval", log_interval)):
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise UserError(f"train_loop: {name} is {_named(value)}; pass an integer")
+    if max_grad_norm is not None and (
+        isinstance(max_grad_norm, bool) or not isinstance(max_grad_norm, Real)
+    ):
+        raise UserError(
+            f"train_loop: max_grad_norm is {_named(max_grad_norm)}; pass a number, or None to clip "
+            "nothing"
+        )
     if num_epochs < 0 or log_interval < 1:
         given = f"num_epochs = {num_epochs} and log_interval = {log_interval}"
         raise UserError(f"train_loop: {given} must be at least 0 and 1")
@@ -741,7 +982,7 @@ def train_loop(
     loop = {"epochs": max(1, num_epochs)}
     sections = {"run": run, "train": loop, "log": {"every_steps": log_interval}}
     tf32 = torch.get_float32_matmul_precision()  # as the caller has it, it stays
-    trainer = Trainer(model, optimizer, config=sections)
+    trainer = Trainer(model, optimizer, config=sections, quiet=True)
     torch.set_float32_matmul_precision(tf32)
     trainer._write = record
     # An optimizer that cannot be judged on the device would wait for it at each step.

@@ -303,7 +303,8 @@ def by_key(batch: Any) -> dict[str, Any]:
         size = f" and length {len(parts)}" if isinstance(parts, list | tuple) else ""
         raise UserError(
             f"batch: is of type {type(batch).__name__}{size}; give a pair (input_ids, target_ids), "
-            "or a mapping with input_ids and labels or target_ids"
+            "or a mapping with input_ids and labels or target_ids (a list of rows becomes one in "
+            "the DataLoader's collate_fn)"
         )
     given = {key: value for key, value in parts.items() if value is not None}
     if "input_ids" not in given:
@@ -314,7 +315,11 @@ def by_key(batch: Any) -> dict[str, Any]:
     for name in (*IDS, MASK):
         if not isinstance(value := given.get(name), Tensor | None):
             kind = type(value).__name__
-            raise UserError(f"batch: {name} is of type {kind}; give a tensor of shape (B, T)")
+            raise UserError(
+                f"batch: {name} is of type {kind}; give a tensor of shape (B, T): have the "
+                "DataLoader's collate_fn pad the rows to one length and stack them "
+                "(torch.nn.utils.rnn.pad_sequence, or a data collator of transformers)"
+            )
         if value is not None and name != MASK and not value.is_floating_point():
             given[name] = value.long()
     return given

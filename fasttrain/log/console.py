@@ -134,6 +134,7 @@ _COLUMNS = (
 )
 _PLAIN = _COLUMNS[:9]  # a plain line stays near 110 characters; metrics.jsonl has the rest
 _ODD = {"n/a": "dim", "nan": "bold red", "inf": "bold red", "-inf": "bold red"}  # cells' styles
+_VAL_KEYS = ("val_loss", "val_ppl", "val_bpb", "val_accuracy")  # of an eval row
 _WHERE_KNOWN = ("mfu", "communication_ms")  # left out on devices and runs that have no such number
 
 
@@ -141,20 +142,26 @@ def _boxed(body: Text | Table, title: Text, colour: str) -> Panel:
     return Panel(body, title=title, title_align="left", border_style=colour)
 
 
+def _is_further(key: str) -> bool:
+    """Return whether a key of an eval row is a metric that a user of the library has added."""
+    return key.startswith("val_") and key not in _VAL_KEYS
+
+
 class Console:
-    """What a person sees of a run, on the terminal and in ``train.log``.
+    """What a person sees of a run, on the terminal and in ``train.log`` if a ``log_file`` is given.
 
     On a terminal it has colours, panels and a progress bar; else, or if it is dumb, plain lines.
     """
 
-    def __init__(self, log_file: Path) -> None:
+    def __init__(self, log_file: Path | None = None) -> None:
         has_terminal = sys.stdout is not None and sys.stdout.isatty()
         self._rich = RichConsole(force_terminal=has_terminal)
         self.interactive = self._rich.is_interactive  # a terminal that is not dumb
         self._bar = Live(console=self._rich, auto_refresh=False, transient=True)
         self._redraw_s = 0.0  # when the bar may be drawn anew
-        self._log = LogFile(log_file)
-        self._log.write("")  # it is there from now on
+        self._log = LogFile(log_file) if log_file is not None else None
+        if self._log is not None:
+            self._log.write("")  # it is there from now on
         self._rows_since_heading = _ROWS_PER_HEADING
         self._last_val_loss: float | None = None
 
@@ -210,6 +217,7 @@ class Console:
         for key, said in (("val_bpb", "bpb {:.4f}"), ("val_accuracy", "accuracy {:.1%}")):
             if row.get(key) is not None:
                 rest.append(said.format(row[key]))
+        rest += [f"{k.removeprefix('val_')} {v:.4f}" for k, v in row.items() if _is_further(k)]
         if self._last_val_loss is not None:
             rest.append(f"change {loss - self._last_val_loss:+.3f}")
         rest += ["best"] * bool(row.get("best"))
@@ -255,7 +263,8 @@ class Console:
     def close(self) -> None:
         """Remove the bar, restore the cursor and close the log file. May be called twice."""
         self.clear_progress()
-        self._log.close()
+        if self._log is not None:
+            self._log.close()
 
     def _emit(self, plain: str, drawn: Text | Panel) -> None:
         """Show ``drawn`` on a terminal or print ``plain``, and append ``plain`` to the log file."""
@@ -267,5 +276,7 @@ class Console:
             except OSError as error:  # training continues without a reader or space on the disk
                 if isinstance(error, BrokenPipeError):
                     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if self._log is None:
+            return
         now = datetime.now().isoformat(" ", "seconds")
         self._log.write("".join(f"{now}  {line}\n" for line in plain.split("\n")))

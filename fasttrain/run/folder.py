@@ -438,6 +438,39 @@ def logged_bytes(run_dir: Path) -> int:
     return rows.stat().st_size if rows.is_file() else 0
 
 
+def holds_run(run_dir: Path) -> bool:
+    """Return whether rows or checkpoints of a run lie in a folder."""
+    return logged_bytes(run_dir) > 0 or any((run_dir / "checkpoints").glob("*step-*"))
+
+
+@contextlib.contextmanager
+def next_run_dir(run_dir: Path) -> Iterator[Path]:
+    """Lock the next free folder after that of an earlier run: ``own-2`` after ``own``; yield it.
+
+    As in `new_run_dir`, its number is the highest, so that the last is the newest. A folder that
+    holds no run yet, of a training that failed before its first row, is free.
+    """
+    base = run_dir if run_dir.name not in ("", "..") else run_dir.resolve()
+    pattern = re.compile(rf"{re.escape(base.name)}-([2-9]|[1-9]\d+)")
+    matches = [pattern.fullmatch(path.name) for path in base.parent.iterdir()]
+    newest = max((int(match[1]) for match in matches if match), default=2)
+    with contextlib.ExitStack() as held:
+        for number in itertools.count(newest):
+            path = base.with_name(f"{base.name}-{number}")
+            if path.exists() and not path.is_dir():
+                continue
+            try:
+                held.enter_context(lock_run_dir(path))
+            except UserError as error:
+                if isinstance(error.__cause__, BlockingIOError):  # another trainer was faster
+                    continue
+                raise
+            if not holds_run(path):
+                yield path
+                return
+            held.close()
+
+
 def _job() -> str:
     """Return what the processes that one torchrun starts and restarts have in common."""
     name = os.environ.get("TORCHELASTIC_RUN_ID", "")

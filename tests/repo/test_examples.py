@@ -30,8 +30,10 @@ def run(
 
 
 def test_own_model(tmp_path: Path) -> None:
-    out = run("own_model.py", tmp_path)
-    assert "loaded step 96" in out
+    for folder in ("own_model", "own_model-2"):  # run again, it overwrites nothing
+        out = run("own_model.py", tmp_path)
+        assert "loaded step 96" in out
+        assert f"saved runs/{folder}/checkpoints/step-00000096" in out
     with (tmp_path / "runs/own_model/eval.csv").open() as file:
         evaluations = list(csv.DictReader(file))
     assert float(evaluations[-1]["val_accuracy"]) > 0.8  # the alphabet is learnt

@@ -1,6 +1,7 @@
 """Import from and export to Hugging Face: equal logits both ways, their own tools on the export."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 
 from fasttrain.checkpoint import CheckpointWriter
 from fasttrain.config import UserError, config_from_dict, config_to_toml
-from fasttrain.data.tokenizer import train_bpe
+from fasttrain.data.tokenizer import load_tokenizer, train_bpe
 from fasttrain.generate import generate, load_model
 from fasttrain.hf import export_model, import_model, main
 from fasttrain.model.transformer import Transformer
@@ -147,6 +148,63 @@ def test_command_line_both_ways(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert load_model(tmp_path / "again").seq_len == 16
     assert main(arguments) == 2
     assert "exists already" in capsys.readouterr().err
+
+
+def test_an_export_is_a_folder_that_the_hub_takes(tmp_path: Path) -> None:
+    """It has a padding token, a model card, and files that others may read."""
+    make_run(tmp_path / "run", **MODELS["llama"])
+    before = os.umask(0o022)
+    try:
+        out = export_model(tmp_path / "run", tmp_path / "out")
+        run = import_model(out, tmp_path / "again")
+    finally:
+        os.umask(before)
+    described = {path.name: path.read_text() for path in out.glob("*.json")}
+    numbers = json.loads(described["config.json"])
+    assert numbers["pad_token_id"] == numbers["eos_token_id"]
+    assert json.loads(described["generation_config.json"])["pad_token_id"] is not None
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        assert json.loads(described[name])["pad_token"] == "<|endoftext|>"
+    card = (out / "README.md").read_text("utf-8")
+    assert card.startswith("---\nlibrary_name: transformers\npipeline_tag: text-generation\n")
+    assert "| architecture | `LlamaForCausalLM` |" in card
+    for folder in (out, run):
+        paths = [path for path in folder.rglob("*") if path.is_file()]
+        assert {path.stat().st_mode & 0o777 for path in paths} == {0o644}
+
+
+def test_a_padding_token_of_the_tokenizer_is_kept(tmp_path: Path) -> None:
+    make_run(tmp_path / "run", **MODELS["llama"])
+    tokenizer = load_tokenizer(tmp_path / "run/tokenizer.json")
+    tokenizer.add_special_tokens(["<pad>"])
+    tokenizer.save(str(tmp_path / "run/tokenizer.json"))
+    out = export_model(tmp_path / "run", tmp_path / "out")
+    config = json.loads((out / "config.json").read_text())
+    assert config["pad_token_id"] == tokenizer.token_to_id("<pad>") != config["eos_token_id"]
+
+
+def test_their_tokenizer_pads_with_the_export(tmp_path: Path, transformers: Any) -> None:
+    make_run(tmp_path / "run", **MODELS["qwen3"])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+        export_model(tmp_path / "run", tmp_path / "out")
+    )
+    batch = tokenizer(["the quick", "the"], padding=True, return_tensors="pt")
+    assert batch.input_ids.shape[0] == 2
+    assert batch.attention_mask.min() == 0
+
+
+@pytest.mark.parametrize("name", ["gpt2", "openai-community/gpt2"])
+def test_a_name_that_is_no_folder_says_how_to_download_it(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=rf"hf download {name} .*--local-dir {name} .*again"):
+        import_model(name, "run")
+    with pytest.raises(UserError, match="no such folder; give the folder of a downloaded model"):
+        import_model(tmp_path / "none", "run")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="not a folder; give the folder"):
+        import_model("file", "run")
 
 
 @pytest.mark.parametrize(

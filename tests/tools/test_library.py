@@ -202,6 +202,127 @@ def test_a_resumed_training_is_the_same_to_the_bit(tmp_path: Path, stop_at: int)
     assert straight.metrics.values("lr")[-1] == pytest.approx(1e-2 * 0.5**3)
 
 
+def test_a_training_prints_the_lines_of_the_command_line_unless_it_is_quiet(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for quiet in (False, True):
+        model = toy()
+        trainer = Trainer(
+            model,
+            torch.optim.AdamW(model.parameters(), lr=1e-3),
+            config=config(log={"every_steps": 4}, eval={"every_steps": 6}),
+            metrics={"entropy": lambda logits, targets: logits.softmax(-1).square().mean()},
+            run_dir=tmp_path / f"run-{quiet}",
+            quiet=quiet,
+        )
+        trainer.train(DataLoader(data(), batch_size=4), DataLoader(data(4), batch_size=4))
+        lines = capsys.readouterr().out.splitlines()
+        if quiet:
+            assert not lines
+            continue
+        assert [line.split()[:2] for line in lines] == [
+            ["step", "4"], ["step", "6"], ["eval", "6"], ["step", "8"], ["eval", "8"],
+            ["saved", str(tmp_path / "run-False/checkpoints/step-00000008")],
+        ]  # fmt: skip
+        for name in ("loss", "lr 1.00e-03", "tok/s", "done  50%", "left"):
+            assert name in lines[0]
+        assert "done 100%" in lines[3]
+        assert f"entropy {trainer.metrics.values('val_entropy')[-1]:.4f}" in lines[4]
+
+
+def test_a_terminal_shows_a_bar_that_is_gone_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn, model = [], toy()
+    monkeypatch.setattr("fasttrain.log.console.Live", Mock())
+    trainer = Trainer(model, torch.optim.AdamW(model.parameters()), config=config())
+    assert trainer._console is not None
+    monkeypatch.setattr(trainer._console, "interactive", True)
+    monkeypatch.setattr(trainer._console, "_emit", lambda *_: None)
+    monkeypatch.setattr(trainer._console, "progress", lambda *values: drawn.append(values))
+    trainer.train_epoch(DataLoader(data(), batch_size=4))
+    assert [(step, last, tokens) for step, last, tokens, *_ in drawn] == [
+        (n, 6, n * 4 * T) for n in range(1, 7)
+    ]
+    assert drawn[-1][3:] == (1.0, 0.0)
+    trainer._console._bar.stop.assert_called()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("model", "gpt2", r"model is 'gpt2'; pass a torch\.nn\.Module"),
+        ("model", Toy, r"model is the class Toy; pass an instance, Toy\(…\)"),
+        ("optimizer", None, r"optimizer is None; give one of torch\.optim"),
+        ("optimizer", torch.optim.AdamW, r"optimizer is the class AdamW; give one of torch"),
+        ("scheduler", "cosine", r"scheduler is 'cosine'; give one of torch\.optim\.lr_scheduler"),
+        ("scheduler", StepLR, "scheduler is the class StepLR; give"),
+        ("criterion", "ce", r"criterion is 'ce'; give a function of logits"),
+        ("criterion", nn.CrossEntropyLoss, "criterion is the class CrossEntropyLoss; give"),
+        ("config", 3, "config is of type int; give a TrainConfig"),
+        ("run_dir", 3, "run_dir is 3; pass the path of a folder"),
+        ("run_dir", ["runs"], "run_dir is of type list; pass the path"),
+        ("accumulate", 2.0, r"accumulate is 2\.0; pass the number of batches"),
+        ("accumulate", "2", "accumulate is '2'; pass"),
+        ("accumulate", True, "accumulate is True; pass"),
+        ("accumulate", 0, "accumulate must be at least 1, got 0"),
+        ("metrics", [max], "metrics is of type list; pass a dict"),
+        ("metrics", {"accuracy": 0.5}, r"metrics\['accuracy'\] is 0\.5; pass a function"),
+        ("metrics", {1: max}, "metrics has the name 1; names are strings"),
+        ("callbacks", None, "callbacks is None; pass a list of callbacks, or leave it out"),
+        ("callbacks", "log", "callbacks holds 'log'; give objects with any of on_step_end"),
+        ("callbacks", [None], "callbacks holds None; give"),
+        ("quiet", "no", "quiet is 'no'; pass True or False"),
+    ],
+)
+def test_an_argument_of_a_wrong_kind_is_one_line_that_names_it(
+    name: str, value: Any, message: str
+) -> None:
+    model = toy()
+    arguments = {"model": model, "optimizer": torch.optim.AdamW(model.parameters())}
+    with pytest.raises(UserError, match=f"^Trainer: {message}") as caught:
+        Trainer(**{"config": config(), **arguments, name: value})  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_no_loader_or_no_path_is_named() -> None:
+    model = toy()
+    trainer = Trainer(model, torch.optim.AdamW(model.parameters()), config=config())
+    batch = {"input_ids": torch.ones(2, T).long()}
+    for call, message in (
+        (lambda: trainer.train(None), "train_loader is None; pass a DataLoader or list"),  # type: ignore[arg-type]
+        (lambda: trainer.train(batch), "train_loader is of type dict; pass a DataLoader or list"),
+        (lambda: trainer.train([batch], 3), "val_loader is 3; pass"),  # type: ignore[arg-type]
+        (lambda: trainer.train_epoch("text"), "loader is 'text'; pass"),
+        (lambda: trainer.save_checkpoint(3), "path is 3; pass the path of a folder"),  # type: ignore[arg-type]
+        (lambda: trainer.load_checkpoint(3), "path is 3; pass the path of a folder"),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(UserError, match=f"^Trainer: {message}"):
+            call()
+    assert trainer.step == 0
+
+
+def test_lists_in_a_batch_are_refused_with_a_hint_at_collate_fn() -> None:
+    model = toy()
+    trainer = Trainer(model, torch.optim.AdamW(model.parameters()), config=config())
+    for batch in ({"input_ids": [[1, 2], [3]]}, [{"input_ids": [1, 2]}] * 3):
+        with pytest.raises(UserError, match=r"of type list.*DataLoader's collate_fn"):
+            trainer.train([batch])
+
+
+def test_labels_that_are_all_ignored_are_warned_of_once() -> None:
+    model = toy()
+    before = weights(model)
+    labels = torch.full((2, T), -100)
+    batch = {"input_ids": torch.ones(2, T).long(), "labels": labels}
+    trainer = Trainer(model, torch.optim.AdamW(model.parameters()), config=config())
+    with pytest.warns(
+        UserWarning, match="all of its labels .* are -100, the ignore_index"
+    ) as caught:
+        trainer.train([batch] * 8)
+    assert len(caught) == 1
+    assert trainer.skipped_steps == 8
+    assert torch.equal(weights(model), before)
+
+
 def test_train_epoch_returns_the_mean_loss_of_its_steps() -> None:
     model = toy()
     trainer = Trainer(model, torch.optim.AdamW(model.parameters(), lr=1e-2), config=config())

@@ -131,7 +131,9 @@ if size > 1:
     other, earlier = made(None, Toy, "ddp", accumulate=1), folder / "toy-ddp-2"
     refused(lambda: trainer.train([ones] * (1 + rank)), "give each a DistributedSampler")
     refused(lambda: made(None, wrapped, "ddp"), "wrapped in DDP")
-    refused(lambda: made(earlier, Toy, "ddp").train(loader(24, 4)), "holds an earlier run")
+    again = made(earlier, Toy, "ddp", steps=2)
+    again.train(loader(24, 4))
+    found["again"] = [again.run_dir.name, again.writer.folder.parent.name]
     refused(lambda: other.load_checkpoint(kept), "accumulate")
     runtime._has_cpp_compiler = lambda: True
     compiled = {"run": {"device": "cpu", "compile": "default"}}
@@ -173,7 +175,10 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, 
         assert all(map(Path.exists, files)), "\n".join(text[-3000:] for text in printed)
         results[size] = [json.loads(file.read_text()) for file in files]
         assert ("Epoch 2, step 18, loss" in printed[0], len(printed)) == (True, size)
-        assert not any("Epoch" in text for text in printed[1:])
+        for said in ("Epoch", "val_loss", "saved "):
+            assert said in printed[0]
+            assert not any(said in text for text in printed[1:])
+        assert printed[0].count("holds an earlier run: this one goes to") == size - 1
     return results
 
 
@@ -195,6 +200,11 @@ def test_train_loop_shares_its_steps(found: Any) -> None:
         assert of_rank["train_loop"]["loss"] == pytest.approx(
             found[1][0]["train_loop"]["loss"], rel=1e-5
         )
+
+
+def test_all_ranks_of_a_rerun_take_the_same_next_folder(found: Any) -> None:
+    for of_rank in found[2]:
+        assert of_rank["again"] == ["toy-ddp-2-2", "toy-ddp-2-2"]
 
 
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(found: Any) -> None:

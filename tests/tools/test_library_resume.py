@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
 from fasttrain import Trainer
 from fasttrain.config import UserError, config_to_toml
 from fasttrain.library_state import decode, encode
+from fasttrain.run.folder import lock_run_dir
 
 V, T = 13, 5
 Make = Callable[[Path | None], tuple[Trainer, Any]]
@@ -568,16 +569,80 @@ def test_R32_N2_a_new_trainer_never_touches_an_earlier_run(tmp_path: Path) -> No
     second = made(tmp_path / "run")
     elsewhere = made(tmp_path / "run")
     elsewhere.load_checkpoint(made(tmp_path / "other").save_checkpoint())
-    for trainer in (second, elsewhere):
-        for use in (trainer.train, trainer.train_epoch, lambda _, t=trainer: t.save_checkpoint()):
-            with pytest.raises(UserError, match=r"earlier run; call load_checkpoint\(\) .*another"):
-                use(loader)
+    elsewhere.train(loader)
+    assert elsewhere.run_dir == tmp_path / "run-2"
+    for number, use in enumerate(
+        (Trainer.train, Trainer.train_epoch, lambda t, _: t.save_checkpoint()), start=3
+    ):
+        trainer = made(tmp_path / "run")
+        use(trainer, loader)
+        trainer.save_checkpoint()
+        assert trainer.run_dir == tmp_path / f"run-{number}"
+        assert any((trainer.run_dir / "checkpoints").glob("step-*"))
     assert files(tmp_path / "run") == before
     second.load_checkpoint()
     second.train_epoch(loader)
     second.save_checkpoint()
+    assert second.run_dir == tmp_path / "run"
     with pytest.raises(UserError, match="another trainer went on in"):
         first.train_epoch(loader)
+
+
+def test_a_rerun_takes_the_next_free_folder_and_says_so_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    losses_of = []
+    for name in ("own", "own-2", "own-3"):
+        trainer = made(tmp_path / "own", train={"steps": 2})
+        trainer.train([rows(4)] * 2)
+        assert trainer.run_dir == tmp_path / name
+        losses_of.append(losses(tmp_path / name))
+        line = f"{tmp_path}/own holds an earlier run: this one goes to {tmp_path}/{name} "
+        assert capsys.readouterr().out.count(line) == (name != "own")
+    assert losses_of == [losses_of[0]] * 3
+    trainer.train_epoch([rows(4)])  # goes on in its own folder
+    trainer.load_checkpoint()
+    assert trainer.run_dir == tmp_path / "own-3"
+    assert not (tmp_path / "own-4").exists()
+
+
+def test_a_training_that_failed_before_its_first_row_leaves_its_folder_to_the_next(
+    tmp_path: Path,
+) -> None:
+    made(tmp_path / "own", train={"steps": 1}).train([rows(4)])
+    failed = made(tmp_path / "own", train={"steps": 1})
+    with pytest.raises(UserError, match="batch: is of type str"):
+        failed.train(["text"])
+    trainer = made(tmp_path / "own", train={"steps": 1})
+    trainer.train([rows(4)])
+    assert trainer.run_dir == tmp_path / "own-2"
+    failed.train([rows(4)])
+    assert failed.run_dir == tmp_path / "own-3"
+
+
+def test_a_next_folder_that_another_trainer_uses_is_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "own-3").write_text("a file, which is no folder")
+    for name in ("own", "own-4"):
+        trainer = made(tmp_path / "own", train={"steps": 1})
+        trainer.train([rows(4)])
+        assert trainer.run_dir == tmp_path / name
+    with lock_run_dir(tmp_path / "own-5"):
+        trainer = made(tmp_path / "own", train={"steps": 1})
+        trainer.train([rows(4)])
+    assert trainer.run_dir == tmp_path / "own-6"
+    with lock_run_dir(tmp_path / "own"), pytest.raises(UserError, match="in use by another"):
+        made(tmp_path / "own")
+
+
+def test_a_stopped_rerun_says_in_which_folder_to_go_on(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    made(tmp_path / "own", train={"steps": 1}).train([rows(4)])
+    trainer = made(tmp_path / "own", callbacks=Signal(signal.SIGTERM))
+    with pytest.raises(SystemExit):
+        trainer.train(DataLoader(rows(), 4))
+    remedy = f"call load_checkpoint() before train() with run_dir='{tmp_path}/own-2'"
+    assert remedy in capfd.readouterr().err
 
 
 def test_R13_R32_a_folder_has_one_trainer_at_a_time(tmp_path: Path) -> None:
@@ -586,14 +651,14 @@ def test_R13_R32_a_folder_has_one_trainer_at_a_time(tmp_path: Path) -> None:
     class Second:
         def on_step_end(self, trainer: Trainer) -> None:
             with pytest.raises(UserError, match="in use by another trainer; wait") as caught:
-                made(tmp_path)
+                made(tmp_path / "run")
             refused.append(caught)
 
-    idle = made(tmp_path)
-    made(tmp_path, callbacks=Second(), train={"steps": 1}).train([rows(4)])
+    idle = made(tmp_path / "run")
+    made(tmp_path / "run", callbacks=Second(), train={"steps": 1}).train([rows(4)])
     assert refused
-    with pytest.raises(UserError, match="holds an earlier run"):
-        idle.train([rows(4)])
+    idle.train([rows(4)])
+    assert idle.run_dir == tmp_path / "run-2"
 
 
 class Signal:

@@ -117,6 +117,20 @@ def test_N11_the_last_step_is_recorded(capsys: pytest.CaptureFixture[str]) -> No
     assert exact["steps"] == [8]  # once
 
 
+def test_train_loop_names_an_argument_of_a_wrong_kind() -> None:
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for arguments, message in (
+        (("gpt2", [], optimizer, 1), "train_loop: model is 'gpt2'; pass a torch"),
+        ((model, [], optimizer, "1"), "train_loop: num_epochs is '1'; pass an integer"),
+        ((model, [], optimizer, 1, "1"), "train_loop: max_grad_norm is '1'; pass a number"),
+        ((model, [], optimizer, 1, 1.0, 0.5), r"train_loop: log_interval is 0\.5; pass an int"),
+        ((model, [], "sgd", 1), "optimizer is 'sgd'; give one of"),
+    ):
+        with pytest.raises(UserError, match=message):
+            train_loop(*arguments, device="cpu")  # type: ignore[arg-type]
+
+
 def test_N11_batches_of_every_usual_form_are_the_same() -> None:
     ids = torch.randint(V, (8, T + 1), generator=torch.Generator().manual_seed(1))
     tokens, targets = ids[:, :-1], ids[:, 1:]
