@@ -928,6 +928,8 @@ def train_loop(
         model: as `Trainer` takes it; moved to ``device``. One that is in evaluation mode is put in
             training mode; of another, parts that are in evaluation mode stay in it.
         train_dataloader: batches as `Trainer` takes them; a target of −100 is left out of the loss.
+            A step without targets makes no update, unless its batches lie on a GPU already, where
+            to look would wait, and the optimizer is not one of fasttrain_kernels.
         optimizer: over the model's parameters; a hook on its ``step`` may change its learning rate.
         num_epochs: passes over the data, at least 0.
         max_grad_norm: the gradient is clipped to this norm before the update; None: never.

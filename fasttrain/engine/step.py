@@ -350,7 +350,8 @@ class TrainStep:
         self.history = torch.zeros(config.log.every_steps, len(StepNumbers._fields), **fp32)
         self.n_unread = 0
         self.has_targets = torch.ones((), dtype=torch.bool, device=device)  # the step, on any rank
-        self._surely_has_targets = False  # whether the host knows of some
+        # What `has_targets` tells of this rank's batches, None where the host does not know it
+        self._known_targets: bool | None = None
         # What gradients are multiples of, in fp16, which has few exponents, and the clean steps
         # since it changed
         self.grad_scale = torch.full((), 2.0**16 if precision.scaled else 1.0, **fp32)
@@ -521,8 +522,8 @@ class TrainStep:
         """Return what the loss of this rank's batches is divided by, an fp32 scalar."""
         counts = [self.count(batch) for batch in batches]
         known = [count for count in counts if not isinstance(count, Tensor)]
-        self._surely_has_targets = any(known)
-        if len(known) == len(counts):  # a fill, which waits for nothing
+        self._known_targets = any(known) if len(known) == len(counts) else None
+        if self._known_targets is not None:  # a fill, which waits for nothing
             return torch.full_like(self.loss, sum(known))
         totals = [torch.as_tensor(count, device=self.loss.device) for count in counts]
         return (totals[0] if len(totals) == 1 else torch.stack(totals).sum()).float()
@@ -568,9 +569,14 @@ class TrainStep:
     def _makes_update(self, bad: Tensor) -> bool:
         """Return whether an optimizer is to step that cannot read the verdict on the device.
 
-        That waits for the device, unless steps are not judged and the host knows of targets.
+        That waits for the device. Where steps are not judged it waits only if the host knows that
+        this rank has no targets: those that lie on a GPU already are not looked at.
         """
-        return (not self.judges and self._surely_has_targets) or not bad
+        if not self.judges and (
+            self._known_targets or (self._known_targets is None and bad.is_cuda)
+        ):
+            return True
+        return not bad
 
     def _measure(self, loss: Tensor, grads: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Return the step's loss and gradient norm, alike on all ranks, from `_backward`'s."""
