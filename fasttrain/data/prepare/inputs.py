@@ -44,6 +44,7 @@ from fasttrain.data.files import DataError, is_address, read_range, remote, show
 
 LISTING_S = 600.0  # that a remote folder may take to be listed
 HEAD_BYTES = 1 << 16  # of a file's content, by which it is decided what it is
+FAR_HEAD_BYTES = 1 << 13  # the same at an address
 LOOKERS = 16  # threads that look into files at addresses
 TEXT_ENDINGS = (".txt", ".text", ".md", ".rst")
 LINES_ENDINGS = (".jsonl", ".ndjson")
@@ -473,11 +474,12 @@ def _looked(file: File, in_folder: bool, *, format: str, encoding: str) -> tuple
 def look(file: File, *, format: str = "auto", encoding: str = "auto") -> Content:
     """Return what a file holds, by its first bytes and its name; `UnclearError` if not sure."""
     ending, compression = file.endings()
+    n_head = HEAD_BYTES if isinstance(file.path, Path) else FAR_HEAD_BYTES
     with reading(file):
         packed: tuple[str, ...] = ()
         while True:
-            with file.open(HEAD_BYTES) as raw:
-                head = unpacked(raw, packed, file).read(HEAD_BYTES)
+            with file.open(n_head) as raw:
+                head = unpacked(raw, packed, file).read(n_head)
             kind = next((k for k, magic in _COMPRESSIONS.items() if magic.match(head)), None)
             if kind is None or len(packed) == 3:
                 break
@@ -488,9 +490,11 @@ def look(file: File, *, format: str = "auto", encoding: str = "auto") -> Content
             if compression == ".zst":
                 package("pyarrow", file)
             raise DataError(f"{file}: cannot be read (it is not compressed, as its name says)")
+    is_whole = len(head) < n_head
     if format != "auto":
-        chosen = encoding if encoding != "auto" else _encoding(head, file, sure=True)
-        return Content(packed, format, chosen)
+        if encoding == "auto":
+            encoding = _encoding(head, is_whole, file, sure=True)
+        return Content(packed, format, encoding)
     if head[257:262] == b"ustar":
         return Content(packed, "tar")
     if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
@@ -507,14 +511,13 @@ def look(file: File, *, format: str = "auto", encoding: str = "auto") -> Content
                 f"{file}: is {what}; unpack or convert it to text, JSON lines, Parquet"
             )
     if encoding == "auto":
-        encoding = _encoding(head, file)
-    is_whole = len(head) < HEAD_BYTES
+        encoding = _encoding(head, is_whole, file)
     decoder = codecs.getincrementaldecoder(encoding)("replace")
     text = decoder.decode(head, is_whole).removeprefix("\ufeff")
     return Content(packed, _format(text, is_whole, ending, file), encoding)
 
 
-def _encoding(head: bytes, file: File, *, sure: bool = False) -> str:
+def _encoding(head: bytes, is_whole: bool, file: File, *, sure: bool = False) -> str:
     """Return the encoding of a text that begins with `head`; if `sure`, UTF-8 where in doubt."""
     for mark, name in _BOMS.items():
         if head.startswith(mark):
@@ -525,13 +528,13 @@ def _encoding(head: bytes, file: File, *, sure: bool = False) -> str:
         guesses = ["utf-32-le", "utf-32-be"]
         guesses += ["utf-16-le"] * (odd > 20 * even) + ["utf-16-be"] * (even > 20 * odd)
         for name in guesses:
-            if _is_plausible(head, name):
+            if _is_plausible(head, is_whole, name):
                 return name
         if not sure:
             raise UnclearError(f"{file}: looks like binary data, not text; {_SETTLE}")
         return "utf-8"
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    text = decoder.decode(head, len(head) < HEAD_BYTES)
+    text = decoder.decode(head, is_whole)
     n_bad = text.count("\ufffd") - head.count(b"\xef\xbf\xbd")
     if sure:
         return "utf-8"
@@ -565,10 +568,10 @@ def _guess(head: bytes) -> str:
     return f"name its encoding: --encoding {name}; --encoding utf-8 replaces them by U+FFFD"
 
 
-def _is_plausible(head: bytes, encoding: str) -> bool:
+def _is_plausible(head: bytes, is_whole: bool, encoding: str) -> bool:
     """Return whether bytes are text in an encoding: valid, and no characters that no text has."""
     try:
-        text = codecs.getincrementaldecoder(encoding)().decode(head, len(head) < HEAD_BYTES)
+        text = codecs.getincrementaldecoder(encoding)().decode(head, is_whole)
     except UnicodeDecodeError:
         return False
     odd = [c for c in set(text) - set("\t\n\r\f\v\ufeff") if unicodedata.category(c)[0] == "C"]
@@ -725,3 +728,9 @@ class Decoder:
             texts.append(decoder.decode(block, not block))
         decoder.errors = "strict"
         return texts[1], texts[1].count("\ufffd") - texts[0].count("\ufffd"), n_lines
+
+    def decode_all(self, content: bytes) -> tuple[str, int]:
+        """Return a whole text, and how many of its bytes are not valid."""
+        text, n_bad, _ = self.decode(content)
+        rest, n_bad_at_end, _ = self.decode(b"")
+        return text + rest, n_bad + n_bad_at_end

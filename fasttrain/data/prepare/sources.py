@@ -120,6 +120,7 @@ class Source:
         self.n_read = 0  # bytes of content that this pass has read, records and all
         # Called with each line that a user should see before the end.
         self.note: Callable[[str], None] = lambda line: None
+        self._is_binary: bool | None = None  # the column of the text in Parquet
         self._told: set[str] = set()  # separators of which they were told
         self._before = 0  # of `n_bytes`, in the files before this one
         self._file: File | None = None  # being read
@@ -298,7 +299,7 @@ class Source:
                     text = line.decode("utf-8-sig" if number == 1 else "utf-8")
                 except UnicodeDecodeError:
                     self._problem(INVALID_UTF8, where)
-                    text, n_bad, _ = Decoder("utf-8").decode(line)
+                    text, n_bad = Decoder("utf-8").decode_all(line)
                     self.problems[BAD_BYTES] += n_bad
                 if (record := json_object(text)) is None:
                     self._problem(NOT_JSON, where)
@@ -353,7 +354,11 @@ class Source:
         is_local = isinstance(file.path, Path) and file.opener is None
         try:
             table = parquet.ParquetFile(file.path if is_local else file.open())
-            column, inner = self._column(table.schema_arrow, file)
+            column, inner, is_binary = self._column(table.schema_arrow, file)
+            if self._is_binary not in (None, is_binary) and self.encoding == "auto":
+                problem = f"column {self.field!r} holds text in some files and binary in others"
+                raise DataError(f"{file}: {problem}; --encoding utf-8 reads both as text")
+            self._is_binary = is_binary
             n_rows = max(table.metadata.num_rows, 1)
             number = 0
             for batch in table.iter_batches(batch_size=256, columns=[column]):
@@ -368,8 +373,11 @@ class Source:
         except inputs.package("pyarrow", file).ArrowException as error:
             raise DataError(f"{file}: cannot be read as Parquet ({error})") from error
 
-    def _column(self, schema: Any, file: File) -> tuple[str, list[str]]:
-        """Return the column of the text, and the fields below it; refuse what is no text."""
+    def _column(self, schema: Any, file: File) -> tuple[str, list[str], bool]:
+        """Return the column of the text, the fields below it, and if they hold binary text.
+
+        What is no text is refused.
+        """
         name, inner = self.field, list[str]()
         if name not in schema.names:
             name, *inner = self.field.split(".")
@@ -387,7 +395,7 @@ class Source:
             if str(kind).startswith("struct"):
                 remedy = f"name a field of it: --text-field {self.field}.{kind[0].name}"
             raise DataError(f"{file}: {problem}; {remedy}")
-        return name, inner
+        return name, inner, "binary" in str(kind)
 
     def _of_record(self, record: dict[str, Any], where: str) -> Iterator[Document]:
         """The document of a JSON object; a dotted name goes into the objects in it."""
@@ -402,7 +410,9 @@ class Source:
 
     def _record(self, text: object, where: str) -> Iterator[Document]:
         if isinstance(text, bytes):
-            text, n_bad, _ = Decoder("utf-8").decode(text)
+            named = self.encoding if self.encoding != "auto" else "utf-8"
+            decoder = Decoder(named)
+            text, n_bad = decoder.decode_all(text)
             if n_bad:
                 self._problem(INVALID_UTF8, where)
                 self.problems[BAD_BYTES] += n_bad
