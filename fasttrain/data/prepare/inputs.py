@@ -133,8 +133,12 @@ class File:
 
     def endings(self) -> tuple[str, str]:
         """Return format and compression by the endings of its name, as in (".jsonl", ".gz")."""
-        *_, first, last = ["", "", *PurePosixPath(shown(str(self.path)).lower()).suffixes]
-        return (first, last) if last in COMPRESSED else (last, "")
+        suffixes = ["", *PurePosixPath(shown(str(self.path)).lower()).suffixes]
+        compression = ""
+        while suffixes[-1] in COMPRESSED:
+            compression = compression or suffixes[-1]
+            suffixes.pop()
+        return suffixes[-1], compression
 
     def identity(self) -> list[str | int]:
         """Return name, size, and time of change, version or content."""
@@ -524,12 +528,16 @@ def _encoding(head: bytes, is_whole: bool, file: File, *, sure: bool = False) ->
             return name
     n_nul = head.count(0)
     if n_nul > MAX_BAD_SHARE * len(head):
+        names = ("utf-32-le", "utf-32-be", "utf-16-le", "utf-16-be")
+        guesses = [name for name in names if _is_plausible(head, is_whole, name)]
+        if len(guesses) == 1 and len(head) >= 64:
+            return guesses[0]
+        # The bytes of little numbers lie at one side.
         even, odd = head[::2].count(0), head[1::2].count(0)
-        guesses = ["utf-32-le", "utf-32-be"]
-        guesses += ["utf-16-le"] * (odd > 20 * even) + ["utf-16-be"] * (even > 20 * odd)
-        for name in guesses:
-            if _is_plausible(head, is_whole, name):
-                return name
+        if even > 20 * odd or odd > 20 * even:
+            guesses = [name for name in guesses if name.endswith("le" if odd > even else "be")]
+            if guesses:
+                return guesses[0]
         if not sure:
             raise UnclearError(f"{file}: looks like binary data, not text; {_SETTLE}")
         return "utf-8"
