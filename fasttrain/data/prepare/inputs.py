@@ -281,11 +281,14 @@ class _Finder:
                 file = _copied(stream, str(path))
             self.add((facts.st_dev, facts.st_ino), file, in_folder=False)
 
-    def walk(self, folder: Path, above: tuple[object, ...] = ()) -> Iterator[Path]:
-        """Yield what lies in a folder and those below it, links followed, but no circles."""
+    def walk(self, folder: Path, above: tuple[object, ...] = ()) -> Iterator[tuple[Path, bool]]:
+        """Yield each file and folder below a folder, and whether it is a folder.
+
+        Links are followed, but not to a folder that holds them.
+        """
         facts = _facts(folder)
         key = (facts.st_dev, facts.st_ino)
-        if key in above:  # a link to a folder that holds it
+        if key in above:
             return
         try:
             names = sorted(os.listdir(folder))
@@ -295,10 +298,25 @@ class _Finder:
             path = folder / name
             if name.startswith("."):
                 self.leave_out("hidden", path)
-            elif stat.S_ISDIR(_facts(path).st_mode):
+                continue
+            is_folder = stat.S_ISDIR(_facts(path).st_mode)
+            yield path, is_folder
+            if is_folder:
                 yield from self.walk(path, (*above, key))
-            else:
-                yield path
+
+    def matches(self, pattern: Path) -> Iterator[Path]:
+        """Yield what fits a glob; `**` is any number of folders, none of them hidden."""
+        parts = pattern.parts
+        if "**" not in parts:
+            yield from map(Path, glob.glob(str(pattern)))
+            return
+        at = parts.index("**")
+        rest = parts[at + 1 :] or ("*",)
+        for root in map(Path, glob.glob(str(Path(*parts[:at]))) if at else ["."]):
+            if root.is_dir():
+                folders = [root, *(path for path, is_folder in self.walk(root) if is_folder)]
+                for folder in folders:
+                    yield from self.matches(Path(glob.escape(str(folder)), *rest))
 
 
 def _facts(path: Path) -> os.stat_result:
@@ -318,12 +336,13 @@ def _find_local(name: str, finder: _Finder) -> None:
         if path.is_dir():
             finder.folders.add(name)
     else:
-        matches = list(map(Path, glob.glob(str(path), recursive=True)))
+        matches = list(finder.matches(path))
     paths: dict[Path, bool] = {}
     for match in matches:
         if stat.S_ISDIR(_facts(match).st_mode):
-            for below in finder.walk(match):
-                paths.setdefault(below, True)
+            for below, is_folder in finder.walk(match):
+                if not is_folder:
+                    paths.setdefault(below, True)
         else:
             paths[match] = False
     # A folder's in the order of names and folders, a glob's in that of their spelling.
