@@ -365,6 +365,7 @@ def test_unicode_is_recognised_with_and_without_a_mark(
 ) -> None:
     (tmp_path / "in.txt").write_bytes(text.encode(encoding))
     assert texts_of(tmp_path / "in.txt") == [text]
+    assert texts_of(tmp_path / "in.txt", encoding=encoding) == [text]
     lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for _ in range(3))
     (tmp_path / "in.jsonl").write_bytes(lines.encode(encoding))
     assert texts_of(tmp_path / "in.jsonl") == [text] * 3

@@ -100,7 +100,7 @@ def prepare(
         raise DataError(f"--val-fraction must be at least 0 and below 1, got {val_fraction}")
     if workers < 1:
         raise DataError(f"--workers must be at least 1, got {workers}")
-    _check_formats(format, encoding)
+    encoding = _encoding_name(format, encoding)
     separator = separator.replace("\\n", "\n").replace("\\t", "\t")
     if files is None:
         files, left_out = find_files(inputs, format=format, encoding=encoding)
@@ -177,13 +177,15 @@ def prepare(
     note(f"Wrote {shown(place)} in {seconds:.1f} s ({total / 1e6 / seconds:.1f} MB/s)")
 
 
-def _check_formats(format: str, encoding: str) -> None:
+def _encoding_name(format: str, encoding: str) -> str:
+    """Refuse names of formats and encodings that do not exist; return Python's for the encoding."""
     if format != "auto" and format not in FORMATS:
         raise DataError(f"--format {format}: expected auto, {', '.join(FORMATS)}")
+    if encoding == "auto":
+        return encoding
     try:
-        if encoding != "auto":
-            b"".decode(encoding)
-            codecs.getincrementaldecoder(encoding)
+        b"".decode(encoding)
+        return codecs.lookup(encoding).name
     except LookupError:
         remedy = "name one of Python's, as utf-8, utf-16, cp1252 or shift_jis"
         raise DataError(f"--encoding {encoding}: there is no such encoding; {remedy}") from None

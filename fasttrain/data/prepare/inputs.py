@@ -740,12 +740,17 @@ class Decoder:
     def __init__(self, encoding: str) -> None:
         name = "utf-8-sig" if codecs.lookup(encoding).name == "utf-8" else encoding
         self._decoder = codecs.getincrementaldecoder(name)()
+        self._skips_mark = codecs.lookup(encoding).name.startswith(("utf-16-", "utf-32-"))
 
     def decode(self, block: bytes) -> tuple[str, int, int]:
         """Return the text, how many bytes are not valid, and the lines before the first of them."""
         decoder, state = self._decoder, self._decoder.getstate()
         try:
-            return decoder.decode(block, not block), 0, 0
+            text = decoder.decode(block, not block)
+            if self._skips_mark and text:
+                self._skips_mark = False
+                text = text.removeprefix("\ufeff")
+            return text, 0, 0
         except UnicodeDecodeError as error:
             n_lines = error.object[: error.start].count(b"\n")
         texts = []
