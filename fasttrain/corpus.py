@@ -21,7 +21,7 @@ import tokenizers
 from fasttrain.data.files import DataError, cache_folder, lock
 from fasttrain.data.format import DATASET_JSON, SPLITS, open_dataset
 from fasttrain.data.prepare.build import prepare
-from fasttrain.data.prepare.sources import local_file
+from fasttrain.data.prepare.inputs import local_file
 from fasttrain.data.tokenizer import CODE_PATTERN
 
 RECIPE = 1  # raise it when anything below changes the tokens

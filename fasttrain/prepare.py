@@ -22,6 +22,7 @@ from fasttrain.data.dataset import BLOCK_TOKENS
 from fasttrain.data.files import DataError, shown
 from fasttrain.data.format import DATASET_JSON, SPLITS, open_dataset, read_dataset_json
 from fasttrain.data.prepare.build import merge, prepare
+from fasttrain.data.prepare.inputs import FORMATS
 from fasttrain.data.prepare.sources import MAX_VAL_FRACTION, SMALL_BYTES, VAL_BYTES, VAL_FRACTION
 from fasttrain.data.tokenizer import load_tokenizer
 from fasttrain.printing import say
@@ -81,7 +82,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("out", nargs="?", metavar="OUT", help="folder to create; may be in a bucket (s3://, gs://)")
     named = "files, folders, globs or addresses (s3://, gs://, hf://, https://); - is "
     add("--input", nargs="+", metavar="PATH", help=f"{named}standard input")
-    add("--text-field", default="text", metavar="NAME", help="text field of JSON lines and Parquet")
+    what = "text field of JSON and Parquet; a.b is b in a (default: %(default)s)"
+    add("--text-field", default="text", metavar="NAME", help=what)
+    what = "what the files hold (default: %(default)s, by their content)"
+    add("--format", default="auto", choices=("auto", *FORMATS), help=what)
+    what = "of text and JSON, as utf-16 or cp1252; with a name, invalid bytes are replaced by "
+    what += "U+FFFD however many there are (default: %(default)s, by the content)"
+    add("--encoding", default="auto", metavar="NAME", help=what)
+    what = "ends a document wherever the text has it, as '<|endoftext|>'; \\n is the end of a line"
+    add("--separator", default="", metavar="TEXT", help=what)
     kinds = "bpe:N, bytes, chars or the path of a tokenizer.json (default: %(default)s)"
     add("--tokenizer", default="bpe:32768", metavar="KIND", help=kinds)
     part = f"fraction held out for validation (default: {VAL_FRACTION}; for less than "

@@ -7,5 +7,5 @@ remote.py     shards at an address: fetched ahead into a bounded folder
 loader.py     batches, read ahead in a thread; those of the held-out split, every target once
 tokenizer.py  byte-level BPE, bytes and characters, all as `tokenizers` JSON; encoding
 files.py      errors, addresses, the cache folder, atomic writing
-prepare/      the write side: sources, splits, encoding, shards
+prepare/      the write side: inputs, documents, splits, encoding, shards
 """

@@ -9,7 +9,7 @@ import importlib
 import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -220,8 +220,14 @@ class FastBpe:
         except Exception as error:  # a ValueError of its own or of the regular expression's
             raise DataError(f"tiktoken does not take it ({error})") from None
 
-    def encode(self, text: str) -> NDArray[np.uint32] | None:
-        """The ids of a text, or None where they would be uncertain."""
+    def encode(self, text: str, before: str = "", after: str = "") -> NDArray[np.uint32] | None:
+        """The ids of a text, or None where they would be uncertain.
+
+        Between `before` and `after` they are those of the tokens that begin in it.
+        """
+        low = len(before.encode())
+        high = low + len(text.encode()) if after else math.inf
+        text = before + text + after
         # Newer than this Python's Unicode, or beyond the last ideographs, where no words are.
         if not text.isascii() and any(c > "\U000323af" or category(c) == "Cn" for c in set(text)):
             return None
@@ -232,6 +238,9 @@ class FastBpe:
         # A pattern that does not match everything: tiktoken leaves the rest out.
         if int(self._n_bytes[ranks].sum()) != len(text.encode()):
             return None
+        if before or after:
+            begins = np.cumsum(self._n_bytes[ranks]) - self._n_bytes[ranks]
+            ranks = ranks[(begins >= low) & (begins < high)]
         return self._ids.take(ranks)
 
 
@@ -249,6 +258,13 @@ def _pattern(state: dict[str, Any]) -> str:
         ]:
             return str(regex)
     raise DataError("it normalizes or splits the text in a way of its own")
+
+
+def _is_between_words(left: str, right: str) -> bool:
+    """Return whether no word spans the place between two texts."""
+    at_line = left.endswith("\n") and not right[:1].isspace()
+    at_space = right[:1] == " " and not (left[-1:].isspace() or right[1:2].isspace())
+    return not left or not right or at_line or at_space
 
 
 class OtherIdsError(Exception):
@@ -274,29 +290,65 @@ class Encoder:
         self.end_of_text = end_of_text_id(tokenizer)
         self._fast: FastBpe | None = None
         self.not_fast = ""  # why a BPE is encoded by `tokenizers`
+        self._by_words = False  # what stands around a word does not change its tokens
         self.losses = Losses(tokenizer)
         if kind == "chars":
             self.losses.what = ""  # refused
             ids = {ord(token): number for token, number in vocab.items() if len(token) == 1}
             self._id_of: NDArray[np.int32] = np.full(0x110000, -1, np.int32)  # of each code point
             self._id_of[list(ids)] = list(ids.values())
-        elif kind != "bytes" and use_tiktoken:
+        elif kind != "bytes":
+            with suppress(DataError):
+                _pattern(json.loads(tokenizer.to_str()))
+                self._by_words = True
+        if kind not in ("bytes", "chars") and use_tiktoken:
             try:
                 self._fast = FastBpe(tokenizer)
             except DataError as reason:
                 self.not_fast = str(reason)
 
-    def encode(self, texts: Sequence[str]) -> list[NDArray[np.unsignedinteger[Any]]]:
-        """The ids of each text, without any end of text."""
+    def encode(
+        self, texts: Sequence[str], around: Sequence[tuple[str, str]] = ()
+    ) -> list[NDArray[np.unsignedinteger[Any]]]:
+        """The ids of each text, without any end of text.
+
+        Where a text is a piece of a longer one, `around` has the end of what comes before it and
+        the beginning of what comes after: its ids are then those that it has in the whole, of the
+        tokens that begin in it.
+        """
         if self.kind == "bytes":
             return [np.frombuffer(text.encode(), dtype=np.uint8) for text in texts]
         if self.kind == "chars":
             return [self._ids_of_characters(text) for text in texts]
-        if self._fast is None:
+        sides = list(around) or [("", "")] * len(texts)
+        if self._by_words:  # no token spans a place between two words
+            sides = [
+                (
+                    "" if _is_between_words(before, text) else before,
+                    "" if _is_between_words(text, after) else after,
+                )
+                for text, (before, after) in zip(texts, sides, strict=True)
+            ]
+        if self._fast is not None:
+            self._compare(texts)
+        elif not any(before or after for before, after in sides):
             return self._encode_exactly(texts)
-        self._compare(texts)
-        found = zip(texts, map(self._fast.encode, texts), strict=True)
-        return [self._encode_exactly([t])[0] if ids is None else ids for t, ids in found]
+        results = []
+        for text, (before, after) in zip(texts, sides, strict=True):
+            ids = None if self._fast is None else self._fast.encode(text, before, after)
+            results.append(self._encode_between(text, before, after) if ids is None else ids)
+        return results
+
+    def _encode_between(self, text: str, before: str, after: str) -> NDArray[np.uint32]:
+        """The ids of the tokens that begin in `text`, where that stands between the others."""
+        if not before and not after:
+            return self._encode_exactly([text])[0].astype(np.uint32)
+        with _refusing("the tokenizer cannot encode this text"):
+            whole = self.tokenizer.encode(before + text + after, add_special_tokens=False)
+        low, high = len(before), len(before + text)
+        begins = np.array([begin for begin, _ in whole.offsets])
+        mine = (begins >= low) & ((begins < high) if after else True)
+        return np.array(whole.ids, dtype=np.uint32)[mine]
 
     def _encode_exactly(self, texts: Sequence[str]) -> list[NDArray[np.unsignedinteger[Any]]]:
         with _refusing("the tokenizer cannot encode this text"):

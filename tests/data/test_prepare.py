@@ -15,8 +15,9 @@ from tokenizers import Tokenizer
 
 from fasttrain.data.files import DataError
 from fasttrain.data.format import open_dataset
-from fasttrain.data.prepare import build, sources
-from fasttrain.data.prepare.sources import Source, Splitter, find_files, local_file
+from fasttrain.data.prepare import build, inputs, sources
+from fasttrain.data.prepare.inputs import find_files, local_file
+from fasttrain.data.prepare.sources import Source, Splitter
 from fasttrain.data.tokenizer import Encoder, OtherIdsError, char_tokenizer, train_bpe
 from fasttrain.prepare import main, prepare
 
@@ -118,10 +119,11 @@ def test_few_documents_still_give_a_validation_split(tmp_path: Path) -> None:
     (tmp_path / "texts").mkdir()
     for number, text in enumerate(make_texts(6)):
         (tmp_path / "texts" / f"{number}.txt").write_text(text)
-    notes = run(tmp_path / "out", tmp_path / "texts", tokenizer="bpe:260", val_fraction=0.005)
-    assert any("No document fell into validation" in note for note in notes)
-    assert len(documents(tmp_path / "out", "val")) == 1
-    assert len(documents(tmp_path / "out", "train")) == 5
+    run(tmp_path / "out", tmp_path / "texts", tokenizer="bpe:260", val_fraction=0.005)
+    (val,) = documents(tmp_path / "out", "val")  # the end of one
+    train = documents(tmp_path / "out", "train")
+    assert len(train) == 6
+    assert 0 < len(val.encode()) <= 0.01 * sum(len(text.encode()) for text in [*train, val])
     run(tmp_path / "none", tmp_path / "texts", tokenizer="bytes", val_fraction=0)
     assert len(documents(tmp_path / "none", "train")) == 6
     with pytest.raises(DataError, match="no split 'val'"):
@@ -370,6 +372,7 @@ def test_problems_are_counted_reported_and_recorded(tmp_path: Path) -> None:
     inputs = [write_troubled(tmp_path / "in.jsonl"), *sorted(tmp_path.glob("*.txt"))]
     notes = run(tmp_path / "out", *inputs, tokenizer="bytes", val_fraction=0)
     expected = {
+        "bytes that are not valid text (replaced by U+FFFD)": 2,
         "documents with invalid UTF-8 (the bytes replaced by U+FFFD)": 3,
         "empty documents (left out)": 2,
         "lines that are not a JSON object (left out)": 2,
@@ -517,10 +520,12 @@ def test_inputs_are_found_sorted_once_and_unknown_endings_are_said(
     for name in ("b.txt", "a.md", "sub/c.jsonl", "sub/d.TXT.gz", "image.png", "code.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    files, passed_over = find_files([str(tmp_path), str(tmp_path / "b.txt"), "-", "-"])
+    files, left_out = find_files([str(tmp_path), str(tmp_path / "b.txt"), "-", "-"])
     names = ["a.md", "b.txt", "c.jsonl", "d.TXT.gz", "standard input"]
     assert [Path(str(file)).name for file in files] == names
-    assert [Path(file.path).name for file in passed_over] == ["code.py", "image.png"]
+    unknown = [str(tmp_path / name) for name in ("code.py", "image.png")]
+    assert list(left_out["with an unknown ending"]) == unknown
+    assert list(left_out["named more than once"]) == [str(tmp_path / "b.txt")]
     files, _ = find_files([str(tmp_path / "**" / "*.py")])
     assert [Path(file.path).name for file in files] == ["code.py"]
     for name in ("missing.txt", "*.doc"):
@@ -538,7 +543,7 @@ def test_a_missing_package_is_named(
     def missing(wanted: str) -> None:
         raise ImportError(wanted)
 
-    monkeypatch.setattr(sources.importlib, "import_module", missing)
+    monkeypatch.setattr(inputs.importlib, "import_module", missing)
     (tmp_path / name).write_bytes(b"anything")
     with pytest.raises(DataError, match=f"{name}: to read it run: pip install {package}"):
         list(Source([local_file(tmp_path / name)]).documents())

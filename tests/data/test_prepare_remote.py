@@ -15,9 +15,10 @@ import pytest
 from fasttrain.data import files
 from fasttrain.data.files import DataError
 from fasttrain.data.format import open_dataset
-from fasttrain.data.prepare import build, sources
+from fasttrain.data.prepare import build
+from fasttrain.data.prepare import inputs as inputs_module
 from fasttrain.data.prepare.build import merge
-from fasttrain.data.prepare.sources import find_files
+from fasttrain.data.prepare.inputs import find_files
 from fasttrain.prepare import main, prepare
 from tests.support.faulty_server import (
     FAULTS,
@@ -45,7 +46,7 @@ def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(files, "STALL_S", 3.0)  # far more than an answer takes here
     monkeypatch.setattr(files, "RANGE_BYTES", RANGE_BYTES)
     yield
-    sources._range.cache_clear()  # the next test's server may have the same port
+    inputs_module._range.cache_clear()  # the next test's server may have the same port
 
 
 def texts(count: int, seed: int) -> list[str]:
@@ -137,7 +138,7 @@ def test_http_globs_and_folders_give_the_bytes_of_local_ones(
 ) -> None:
     make(tmp_path / "local", corpus)
     notes = make(tmp_path / "remote", f"{web.url}/")
-    assert "Skipped 1 file with an unknown ending: picture.png" in notes
+    assert "left out 1 with an unknown ending: picture.png" in notes[0]
     assert content(tmp_path / "local") == content(tmp_path / "remote")
     for pattern in ("**/*.txt", "*/*.*", "*.parquet", "a*/*.jsonl", "**/*[!g]"):
         here, _ = find_files([f"{corpus}/{pattern}"])
@@ -183,7 +184,7 @@ def test_a_dataset_of_the_hugging_face_hub(
         assert content(tmp_path / "here") == content(tmp_path / "there")
         assert not hub.faults
         hub.ranges = False
-        sources._range.cache_clear()
+        inputs_module._range.cache_clear()
         with pytest.raises(DataError, match=r"seven\.parquet: cat_file failed \(OSError: of bytes"):
             make(tmp_path / "out", "hf://datasets/owner/name/seven.parquet")
         assert {"Bearer hf_ofNobody"} == {h["Authorization"] for h in hub.headers}
@@ -270,7 +271,7 @@ def test_a_run_that_broke_off_continues(
             n_batches += 1
             if n_batches == 1:  # the first file, whole
                 web.fails_always = "seven"
-                sources._range.cache_clear()
+                inputs_module._range.cache_clear()
             yield result
 
     with monkeypatch.context() as patched:
@@ -352,7 +353,7 @@ def test_nothing_secret_is_said_or_kept(
     assert main([str(tmp_path / "out"), *command]) == 0
     assert any("Basic" in headers.get("Authorization", "") for headers in web.headers)  # used it
     web.fails_always = "three"
-    sources._range.cache_clear()
+    inputs_module._range.cache_clear()
     for wrong in (address, address.replace("three", "none"), address.replace("three", "*x*")):
         assert main([str(tmp_path / "no"), *command[:-1], wrong]) == 2
     said = capsys.readouterr()
@@ -454,7 +455,8 @@ def test_a_copy_goes_only_where_it_may(
 READ = """
 import re, sys
 from pathlib import Path
-from fasttrain.data.prepare.sources import Source, find_files
+from fasttrain.data.prepare.inputs import find_files
+from fasttrain.data.prepare.sources import Source
 files, _ = find_files(sys.argv[1:])
 n = sum(len(piece) for document in Source(files).documents() for piece in document.pieces())
 print(n, re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])

@@ -1,1 +1,1 @@
-"""Text to a dataset folder: sources, splits, encoding, shards."""
+"""Text to a dataset folder: inputs, documents, splits, encoding, shards."""

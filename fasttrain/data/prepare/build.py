@@ -3,6 +3,7 @@
 Several machines may each make a part, of which `merge` makes what a single one would make.
 """
 
+import codecs
 import multiprocessing
 import os
 import re
@@ -15,9 +16,10 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
+from dataclasses import replace
 from datetime import timedelta
 from itertools import islice
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,7 +34,8 @@ from fasttrain.data.dataset import BLOCK_TOKENS, TokenDataset
 from fasttrain.data.files import DataError, sha256_of, shown, write_atomically
 from fasttrain.data.format import SPLITS, Split, open_dataset, write_dataset_json
 from fasttrain.data.prepare import sources
-from fasttrain.data.prepare.sources import File, Piece, Source, Splitter, find_files
+from fasttrain.data.prepare.inputs import FORMATS, PLAIN, File, find_files, told
+from fasttrain.data.prepare.sources import Piece, Source, Splitter
 from fasttrain.data.prepare.writer import Asked, Note, Partial, ShardWriter, building, parts_of
 from fasttrain.data.remote import ShardCache
 from fasttrain.data.tokenizer import (
@@ -46,6 +49,7 @@ from fasttrain.data.tokenizer import (
 )
 from fasttrain.printing import say
 
+RECIPE = 2  # raised when the same text is split or encoded in another way
 BPE_BYTES = 256 << 20  # a BPE is trained on at most that much; more text changes few merges
 BATCH_CHARS = 4 << 20  # encoded at once: 100 MB of a process's memory, little time in handing over
 WORKER_BYTES = 16 << 20  # of input for each process: with less, starting it takes longer
@@ -64,6 +68,9 @@ def prepare(
     *,
     files: Sequence[File] | None = None,
     text_field: str = "text",
+    format: str = "auto",
+    encoding: str = "auto",
+    separator: str = "",
     tokenizer: str = "bpe:32768",
     pattern: str = TEXT_PATTERN,
     val_fraction: float | None = None,
@@ -77,9 +84,9 @@ def prepare(
 ) -> None:
     """Make the dataset `out` from text; the arguments are the options of the command.
 
-    `files` are those that `inputs` mean, where the caller has found them; `pattern` is that of the
-    words of a BPE. `note` is called with each line that a user should see; `progress` is shown on
-    standard error.
+    `files` are those that `inputs` mean, where the caller has found them: plain text in UTF-8.
+    `pattern` is that of the words of a BPE. `note` is called with each line that a user should see;
+    `progress` is shown on standard error.
 
     Memory: independent of the size of the input, about 0.5 GiB at most and 0.2 GiB for each worker,
     plus the longest record of JSON or Parquet and, while a BPE is trained, its table of words.
@@ -94,13 +101,24 @@ def prepare(
         raise DataError(f"--val-fraction must be at least 0 and below 1, got {val_fraction}")
     if workers < 1:
         raise DataError(f"--workers must be at least 1, got {workers}")
+    encoding = _encoding_name(format, encoding)
+    separator = separator.replace("\\n", "\n").replace("\\t", "\t")
     if files is None:
-        files, skipped = find_files(inputs)
-        if skipped:
-            some = ", ".join(PurePath(str(file)).name for file in skipped[:3])
-            some += ", …" * (len(skipped) > 3)
-            note(f"Skipped {counted(len(skipped), 'file')} with an unknown ending: {some}")
-    source = Source(files, field=text_field, strict=strict)
+        files, left_out = find_files(inputs, format=format, encoding=encoding)
+        n_bytes = sum(file.size for file in files)
+        line = f"Found {counted(len(files), 'file')} ({n_bytes:,} bytes)"
+        note(f"{line}; left out {told(left_out)}" if left_out else line)
+    else:
+        files = [replace(file, content=PLAIN) for file in files]
+    source = Source(
+        files,
+        field=text_field,
+        strict=strict,
+        format=format,
+        encoding=encoding,
+        separator=separator,
+    )
+    source.note = note
     if val_fraction is None and source.n_bytes >= sources.SMALL_BYTES:
         val_fraction = sources.VAL_FRACTION
     asked: Asked = {
@@ -109,6 +127,9 @@ def prepare(
             "n_files": len(files),
             "n_bytes": source.n_bytes,
             "text_field": text_field,
+            **({"format": format} if format != "auto" else {}),
+            **({"encoding": encoding} if encoding != "auto" else {}),
+            **({"separator": separator} if separator else {}),
             "tokenizer": tokenizer,
             "val_fraction": "auto" if val_fraction is None else val_fraction,
             "shard_tokens": shard_tokens,
@@ -116,16 +137,13 @@ def prepare(
         },
         "files": [file.identity() for file in files],
         "tokenizer_sha256": sha256_of(p) if (p := Path(tokenizer).expanduser()).is_file() else "",
-        "recipe": [1, sources.PIECE_CHARS, BATCH_CHARS, BPE_BYTES, tokenizers.__version__],
+        "recipe": [RECIPE, sources.PIECE_CHARS, BATCH_CHARS, BPE_BYTES, tokenizers.__version__],
     }
     with building(place, asked, resume=resume, note=note) as partial:
         if partial is None:
             return
         with Bar(source.n_bytes, progress) as bar:
             splitter = Splitter(source, val_fraction)
-            if splitter.held_out_smallest:
-                held = "the one with the smallest hash is held out"
-                note(f"No document fell into validation at --val-fraction {val_fraction}: {held}")
             path = partial.dataset / "tokenizer.json"
             if not partial.state:
                 made = _make_tokenizer(tokenizer, pattern, splitter, note, bar)
@@ -160,6 +178,20 @@ def prepare(
     note(f"Wrote {shown(place)} in {seconds:.1f} s ({total / 1e6 / seconds:.1f} MB/s)")
 
 
+def _encoding_name(format: str, encoding: str) -> str:
+    """Refuse names of formats and encodings that do not exist; return Python's for the encoding."""
+    if format != "auto" and format not in FORMATS:
+        raise DataError(f"--format {format}: expected auto, {', '.join(FORMATS)}")
+    if encoding == "auto":
+        return encoding
+    try:
+        b"".decode(encoding)
+        return codecs.lookup(encoding).name
+    except LookupError:
+        remedy = "name one of Python's, as utf-8, utf-16, cp1252 or shift_jis"
+        raise DataError(f"--encoding {encoding}: there is no such encoding; {remedy}") from None
+
+
 def publish(
     partial: Partial,
     writers: Mapping[Split, ShardWriter],
@@ -180,12 +212,20 @@ def publish(
         source=source | {"problems": dict(sorted(problems.items()))},
     )
     partial.publish()
+    n_bytes = sum(writer.n_bytes for writer in writers.values())
+    n_documents = sum(writer.n_documents for writer in writers.values())
+    n_bad = problems.get(sources.BAD_BYTES, 0)
+    share = f"{n_bad:,} ({100 * n_bad / max(n_bytes, 1):.2g} %)" if n_bad else "0"
+    note(
+        f"Text: {counted(n_bytes, 'byte')}, {counted(n_documents, 'document')}, bad bytes: {share}"
+    )
     for reason, count in sorted(problems.items()):
         note(f"{reason}: {count:,}")
     for split, writer in writers.items():
         note(
             f"{split:5}  {counted(writer.n_tokens, 'token')}, "
-            f"{counted(writer.n_documents, 'document')}, {counted(writer.n_bytes, 'byte')}, "
+            f"{counted(writer.n_documents, 'document')}, {counted(writer.n_bytes, 'byte')} "
+            f"({100 * writer.n_bytes / max(n_bytes, 1):.3g} % of the text), "
             f"{writer.n_bytes / max(writer.n_tokens, 1):.2f} bytes a token"
         )
     if n_val < sources.FEW_VAL_TOKENS and fraction != 0 and not is_part:
@@ -254,11 +294,11 @@ def encoded(
     """Yield each batch with the ids of its pieces, in the same order by any number of workers."""
     if workers == 1:
         for batch in batches:
-            yield batch, encoder.encode([piece.text for piece in batch[0]])
+            yield batch, encoder.encode(*_texts(batch))
         return
     spawn = multiprocessing.get_context("spawn")  # a fork would copy locks that threads hold
     pool = ProcessPoolExecutor(workers, spawn, _start, (tokenizer_file, not encoder.not_fast))
-    coming = ((b, pool.submit(_encode, [piece.text for piece in b[0]])) for b in batches)
+    coming = ((batch, pool.submit(_encode, *_texts(batch))) for batch in batches)
     try:
         ahead = deque(islice(coming, workers + 2))
         while ahead:
@@ -289,8 +329,14 @@ def _start(tokenizer_file: Path, use_tiktoken: bool) -> None:
     _encoder = Encoder(load_tokenizer(tokenizer_file), use_tiktoken=use_tiktoken)
 
 
-def _encode(texts: Sequence[str]) -> Ids:
-    return _encoder.encode(texts)
+def _encode(texts: Sequence[str], around: Sequence[tuple[str, str]]) -> Ids:
+    return _encoder.encode(texts, around)
+
+
+def _texts(batch: Batch) -> tuple[list[str], list[tuple[str, str]]]:
+    """Return the text of each piece, and what stands before and after it."""
+    pieces, _ = batch
+    return [piece.text for piece in pieces], [(piece.before, piece.after) for piece in pieces]
 
 
 def _writers(partial: Partial, vocab_size: int) -> dict[Split, ShardWriter]:

@@ -1,47 +1,50 @@
-"""Text from files and addresses: plain, JSON lines, Parquet, compressed; folders, globs, stdin.
+"""Documents from the files of an input, and which of their pieces are for training.
 
-One plain file is one document; a line of JSON or a row of Parquet is one. Nothing is held that
-grows with the input: a large file is read, decoded and given out in pieces, again for each pass.
-What cannot be read as asked is counted under its reason, or, if strict, ends the run with file and
-line. `Splitter` says which pieces are for training, and which for validation.
+A plain file is one document, or several with a separator; a record of JSON or a row of Parquet is
+one. Nothing is held that grows with the input: a large file is read, decoded and given out in
+pieces, again for each pass. What cannot be read as asked is counted under its reason, or, if
+strict, ends the run with file and line. `Splitter` says which pieces are for training, and which
+for validation.
 """
 
-import atexit
-import codecs
-import glob
-import gzip
 import hashlib
-import importlib
 import io
+import json
 import math
-import os
 import re
-import shutil
-import sys
-import tempfile
-import zlib
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import lru_cache, partial
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate, islice
-from pathlib import Path, PurePosixPath
-from types import SimpleNamespace
-from typing import IO, Any, cast
+from pathlib import Path
+from typing import IO, Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fasttrain.config.untrusted import json_object
-from fasttrain.data import files as store
-from fasttrain.data.files import DataError, is_address, read_range, remote, sha256_of, shown
+from fasttrain.data.files import DataError
+from fasttrain.data.prepare import inputs
+from fasttrain.data.prepare.inputs import (
+    ARCHIVES,
+    KNOWN,
+    PLAIN,
+    Content,
+    Decoder,
+    File,
+    Transcoded,
+    UnclearError,
+    look,
+    members,
+    reading,
+    unpacked,
+)
 
 PIECE_CHARS = 1 << 18  # of a document: small enough to share out, large enough to lose no time
-LISTING_S = 600.0  # that a remote folder may take to be listed
-KNOWN = (".jsonl", ".parquet", ".txt", ".text", ".md", ".rst")
-COMPRESSED = (".gz", ".zst")
+CONTEXT_CHARS = 1024  # of the pieces beside one that its tokens may depend on
+MAX_RECORD_BYTES = 256 << 20  # of a line, a record or a document that is held
 # Where a text may be cut so that no word of a byte-level BPE spans the cut: after a line's end and
 # before something that is not space; in a line too long for that, before a single space.
 _CUT_LINE = re.compile(r"\n(?=\S)")
@@ -53,10 +56,28 @@ FEW_VAL_TOKENS = 5_000  # to validate on: the loss of fewer says little
 VAL_FRACTION, VAL_BYTES, MAX_VAL_FRACTION = 0.005, 100_000, 0.1
 SMALL_BYTES = 20_000_000  # from here on 0.5 % are 100 kB
 _BINS = 4096
+# Of a larger text, no document gives more than this part of what is to be held out, or only its
+# share. So that of a hundred thousand texts, one has twice as much held out as was asked for, or
+# more: the chance that of what comes 20 times on average there are more than 40.
+_LARGEST_PART = 1 / 20
+_TAIL_BYTES = 1000  # of a document that is cut, at least, where as much may be held out
 
 INVALID_UTF8 = "documents with invalid UTF-8 (the bytes replaced by U+FFFD)"
+BAD_BYTES = "bytes that are not valid text (replaced by U+FFFD)"
 EMPTY = "empty documents (left out)"
 NOT_JSON = "lines that are not a JSON object (left out)"
+NO_TEXT_FILES = "files in archives without a known ending or records (left out)"
+# With which tokenizers and their users part documents.
+SEPARATORS = (
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|endofdoc|>",
+    "</s>",
+    "<eos>",
+)
+SAMPLE_CHARS = 4096  # of each end of a piece, in which they are looked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,154 +88,42 @@ class Document:
     pieces: Callable[[], Iterator[str]]  # its text from the start, in pieces as `_pieces` cuts it
 
 
-@dataclass(frozen=True, slots=True)
-class File:
-    """A file to read; its string is what may be shown of it."""
-
-    path: Path | str  # a string is an address
-    size: int
-    version: int | str  # another one where the content is
-    name: str = ""  # where the path does not say it
-
-    def __str__(self) -> str:
-        return self.name or shown(str(self.path))
-
-    def open(self) -> IO[bytes]:
-        if isinstance(self.path, Path):
-            return self.path.open("rb")
-        if not self.size:
-            _range(self, 0, 0)  # it must be as empty as was said
-        # A file of fsspec, and all that it asks of its file system.
-        ranges = SimpleNamespace(cat_file=lambda _, start, end: _range(self, start, end))
-        spec = importlib.import_module("fsspec.spec")
-        raw = spec.AbstractBufferedFile(ranges, str(self), cache_type="none", size=self.size)
-        return cast(IO[bytes], io.BufferedReader(raw, store.RANGE_BYTES))
-
-    def kind(self) -> tuple[str, str]:
-        """Return format and compression by the endings of its name, as in (".jsonl", ".gz")."""
-        *_, first, last = ["", "", *PurePosixPath(shown(str(self.path)).lower()).suffixes]
-        return (first, last) if last in COMPRESSED else (last, "")
-
-    def identity(self) -> list[str | int]:
-        """Return name, size, and time of change, version or content."""
-        is_local = isinstance(self.path, Path) and not self.name
-        return [os.path.abspath(self.path) if is_local else str(self), self.size, self.version]
-
-
-def local_file(path: Path) -> File:
-    found = path.stat()
-    return File(path, found.st_size, found.st_mtime_ns)
-
-
-def _standard_input() -> File:
-    """Copy standard input; its first line says whether it is JSON lines."""
-    first = sys.stdin.buffer.readline()
-    kind = ".txt" if json_object(first) is None else ".jsonl"
-    with tempfile.NamedTemporaryFile(suffix=kind, delete=False) as copy:
-        path = Path(copy.name)
-        atexit.register(path.unlink, missing_ok=True)
-        copy.write(first)
-        shutil.copyfileobj(sys.stdin.buffer, copy, 1 << 20)
-    return File(path, path.stat().st_size, sha256_of(path), "standard input")
-
-
-@lru_cache(maxsize=4)  # a small file is read several times in a row, Parquet here and there
-def _range(file: File, start: int, end: int) -> bytes:
-    end = min(end, start + store.RANGE_BYTES, file.size)
-    return read_range(str(file.path), start, end, file.size)
-
-
-def _remote_file(address: str, info: dict[str, Any]) -> File:
-    if info.get("size") is None:  # a link on a page
-        info = remote(address, "info")
-    if info.get("size") is None:
-        raise DataError(f"{shown(address)}: its server does not say how long it is; download it")
-    names = ("ETag", "etag", "blob_id", "LastModified", "Last-Modified", "updated", "mtime")
-    return File(address, info["size"], next((str(info[n]) for n in names if info.get(n)), ""))
-
-
-def _remote_files(address: str) -> tuple[bool, list[File]]:
-    """Return whether an address is a folder's, and the files that it means, as those of a disk."""
-    store.file_system(address)[0].invalidate_cache()  # what this process may have listed before
-    web = address.startswith("http")
-    path = address.partition("?")[0] if web else address
-    magic = re.search(r"[*\[]" if web else r"[*?\[]", path)
-    if magic is None:
-        info = remote(address, "info")
-        if info["type"] == "file" and not path.endswith("/"):
-            return False, [_remote_file(address, info)]
-        found = [_remote_file(*entry) for entry in _listed(path.rstrip("/") + "/", math.inf)]
-        return True, sorted(found, key=lambda file: PurePosixPath(file.path))
-    root = path[: path.rindex("/", 0, magic.start()) + 1]
-    pattern = path[len(root) :]
-    fits = re.compile(importlib.import_module("fsspec.utils").glob_translate(pattern)).match
-    depth = math.inf if "**" in pattern else pattern.count("/") + 1
-    hidden = "/." in f"/{pattern}"
-    return False, [
-        _remote_file(name, info)
-        for name, info in sorted(_listed(root, depth), key=lambda entry: entry[0])
-        if fits(below := name[len(root) :]) and (hidden or "/." not in f"/{below}")
-    ]
-
-
-def _listed(root: str, depth: float) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield address and facts of each file in a folder and those below it.
-
-    fsspec's own `glob` and `find` leave out, and say nothing of, folders that cannot be listed.
-    """
-    for info in remote(root, "ls", detail=True, timeout_s=LISTING_S):
-        name = info["name"]
-        name = name if is_address(name) else f"{root.partition(':')[0]}://{name}"
-        if not name.startswith(root) or name == root:  # a link to elsewhere; the folder itself
-            continue
-        if info["type"] != "directory":
-            yield name, info
-        elif depth > 1:
-            yield from _listed(name.rstrip("/") + "/", depth - 1)
-
-
-def find_files(inputs: Sequence[str]) -> tuple[list[File], list[File]]:
-    """Return the files that the inputs mean, and those in folders whose endings are unknown.
-
-    In the order of the inputs, sorted within each, each once.
-    """
-    found: dict[File, None] = {}
-    passed_over: list[File] = []
-    for name in dict.fromkeys(inputs):
-        if name == "-":
-            is_folder, files = False, [_standard_input()]
-        elif is_address(name):
-            is_folder, files = _remote_files(name)
-        else:
-            path = Path(name).expanduser()
-            is_folder = path.is_dir()
-            matches = sorted(path.rglob("*")) if is_folder else [path]
-            if not path.exists():
-                matches = list(map(Path, sorted(glob.glob(str(path), recursive=True))))
-            files = [local_file(file) for file in matches if file.is_file()]
-        if is_folder:
-            passed_over += [file for file in files if file.kind()[0] not in KNOWN]
-            files = [file for file in files if file.kind()[0] in KNOWN]
-        if not files:
-            at, problem = shown(name), "no such file or folder, and no file matches it"
-            if is_folder:
-                problem = f"no file in it ends in {', '.join(KNOWN)} (or one of these and "
-                problem += f"{' or '.join(COMPRESSED)}); name others: --input '{at}/**/*.py'"
-            raise DataError(f"--input {at}: {problem}")
-        found |= dict.fromkeys(files)
-    return list(found), passed_over
-
-
 class Source:
-    """The documents of some files, as often as asked for; if `strict`, a problem is a DataError."""
+    """The documents of some files, as often as asked for; if `strict`, a problem is a DataError.
 
-    def __init__(self, files: Sequence[File], *, field: str = "text", strict: bool = False) -> None:
-        self.files = files
-        self.n_bytes = sum(file.size for file in files)
+    `format`, `encoding` and `separator` are what the command's options are; "auto" and an empty
+    separator: what the files themselves show.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[File],
+        *,
+        field: str = "text",
+        strict: bool = False,
+        format: str = "auto",
+        encoding: str = "auto",
+        separator: str = "",
+    ) -> None:
         self.field, self.strict = field, strict
+        self.format, self.encoding, self.separator = format, encoding, separator
+        self.files = [
+            replace(file, content=look(file, format=format, encoding=encoding))
+            if file.content is None
+            else file
+            for file in files
+        ]
+        self.n_bytes = sum(file.size for file in files)
         self.problems: Counter[str] = Counter()  # of the pass now running or last run, by reason
+        self.other_fields: dict[str, str] = {}  # of records without a text, with their types
         self.done_bytes = 0  # of `n_bytes`, read by this pass
-        self._before = 0  # of these, in the files before this one
+        self.n_read = 0  # bytes of content that this pass has read, records and all
+        # Called with each line that a user should see before the end.
+        self.note: Callable[[str], None] = lambda line: None
+        self._is_binary: bool | None = None  # the column of the text in Parquet
+        self._told: set[str] = set()  # separators of which they were told
+        self._before = 0  # of `n_bytes`, in the files before this one
+        self._file: File | None = None  # being read
 
     def take(self, number: int, count: int) -> int:
         """Keep the files whose middle lies in part `number` of `count`; return their bytes."""
@@ -232,96 +141,286 @@ class Source:
             raise DataError(f"{where}: {reason.split(' (')[0]}, and --strict was asked for")
         self.problems[reason] += 1
 
+    def sample(self, text: str) -> None:
+        """Look into the ends of a text for what separates documents elsewhere."""
+        for end in (text[:SAMPLE_CHARS], text[max(SAMPLE_CHARS, len(text) - SAMPLE_CHARS) :]):
+            for separator in SEPARATORS if "<" in end else ():
+                if n_times := end.count(separator):
+                    self.problems[f"{separator} in samples of the text"] += n_times
+                    if separator not in self._told:
+                        self._told.add(separator)
+                        remedy = f"--separator '{separator}' ends a document there"
+                        self.note(
+                            f"The text holds {separator}, which is encoded as characters: {remedy}"
+                        )
+
     def documents(self) -> Iterator[Document]:
         """All documents in order, empty ones left out."""
         self.problems.clear()
-        self.done_bytes = self._before = 0
+        self.done_bytes = self._before = self.n_read = 0
         for file in self.files:
-            read = {".parquet": self._rows, ".jsonl": self._lines}.get(file.kind()[0], self._plain)
-            with self._reading(file):
-                yield from read(file)
+            self._file = file
+            with reading(file):
+                yield from self._documents(file)
+                file.check_unchanged()
             self.done_bytes = self._before = self._before + file.size
+        self._judge("the input", self.problems[BAD_BYTES], self.n_read)
 
-    @contextmanager
-    def _reading(self, file: File) -> Iterator[None]:
-        """Name the file in errors of reading it, also where a document is read later."""
-        try:
-            yield
-        except (OSError, EOFError, zlib.error) as error:
-            cut_off = isinstance(error, EOFError) or "Truncated compressed" in str(error)
-            why = "it is cut off: its compressed data has no end; get it anew" if cut_off else error
-            raise DataError(f"{file}: cannot be read ({why})") from error
+    def _judge(self, what: object, n_bad: int, n_bytes: int) -> None:
+        """Refuse a text of another encoding, unless one was named."""
+        if self.encoding == "auto" and inputs.is_bad(n_bad, n_bytes):
+            remedy = "name its encoding: --encoding NAME (utf-8 replaces them by U+FFFD)"
+            raise DataError(f"{what}: {inputs.bad_text(n_bad, n_bytes)}; {remedy}")
 
-    def _plain(self, file: File) -> Iterator[Document]:
-        told: list[int] = []
+    def _documents(self, file: File) -> Iterator[Document]:
+        content = file.content or PLAIN
+        n_bad, n_before = self.problems[BAD_BYTES], self.n_read
+        if content.format in ARCHIVES:
+            yield from self._archived(file, content)
+            return
+        readers = {"jsonl": self._lines, "json": self._values, "parquet": self._rows}
+        plain = self._parted if self.separator else self._plain
+        yield from readers.get(content.format, plain)(file, content)
+        self._judge(file, self.problems[BAD_BYTES] - n_bad, self.n_read - n_before)
+
+    def _archived(self, file: File, archive: Content) -> Iterator[Document]:
+        for member in members(file, archive, partial(self._show, file)):
+            with reading(member):
+                is_known = member.endings()[0] in KNOWN
+                try:
+                    content = look(member, format=self.format, encoding=self.encoding)
+                except UnclearError:
+                    if is_known:
+                        raise
+                    self.problems[NO_TEXT_FILES] += 1
+                    continue
+                if content.format in ARCHIVES:
+                    raise DataError(f"{member}: an archive within an archive; unpack {file}")
+                if content.format == "text" and not is_known and self.format == "auto":
+                    self.problems[NO_TEXT_FILES] += 1
+                    continue
+                yield from self._documents(replace(member, content=content))
+
+    def _show(self, file: File, at: int) -> None:
+        if file is self._file:  # not a part of it
+            self.done_bytes = self._before + at
+
+    def _plain(self, file: File, content: Content) -> Iterator[Document]:
+        counted = _Counted()
 
         def pieces() -> Iterator[str]:
-            with self._reading(file):
-                yield from _pieces(self._decoded(file, told))
+            with reading(file):
+                yield from _pieces(self._decoded(file, content, counted))
 
         if next(pieces(), None) is None:
             self._problem(EMPTY, str(file))
         else:
             yield Document(str(file), pieces)
 
-    def _decoded(self, file: File, told: list[int]) -> Iterator[str]:
-        """A file's text, block by block; what is not UTF-8 becomes U+FFFD.
+    def _parted(self, file: File, content: Content) -> Iterator[Document]:
+        """The documents between separators in a plain text, each of which is held."""
+        separator = self.separator
+        rest, line = "", 1
+        is_first = True
+        for block in self._decoded(file, content, _Counted()):
+            unseen = max(len(rest) - len(separator), 0)
+            rest += block
+            if rest.find(separator, unseen) >= 0:
+                *parts, rest = rest.split(separator)
+                for part in parts:
+                    yield from self._part(part, f"{file}:{line}", is_first)
+                    line += part.count("\n") + separator.count("\n")
+                    is_first = False
+            if len(rest) > MAX_RECORD_BYTES:
+                problem = f"more than {MAX_RECORD_BYTES >> 20} MiB without {separator!r}"
+                raise DataError(f"{file}:{line}: {problem}; name another --separator, or none")
+        yield from self._part(rest, f"{file}:{line}", is_first)
 
-        `told` keeps the line of the first, which counts once, however often the text is read.
+    def _part(self, text: str, where: str, is_first: bool) -> Iterator[Document]:
+        """What stands before a separator; a line's end behind that is the separator's."""
+        if not is_first:
+            text = text[1 if text[:1] == "\n" else 2 if text[:2] == "\r\n" else 0 :]
+        if text.strip():
+            yield Document(where, partial(_pieces, [text]))
+
+    def _decoded(self, file: File, content: Content, counted: "_Counted") -> Iterator[str]:
+        """A file's text, block by block; what is not valid in its encoding becomes U+FFFD.
+
+        What is `counted` in one reading is not counted again in the next.
         """
-        decoder, line, block = codecs.getincrementaldecoder("utf-8-sig")(), 1, b"-"
+        decoder = Decoder(content.encoding)
+        line = 1
+        n_read = n_bad = 0
+        block = b"-"
         with file.open() as raw:
-            unpacked = _decompressed(raw, file)
+            stream = unpacked(raw, content.packed, file)
             while block:
-                block, state = unpacked.read(PIECE_CHARS), decoder.getstate()
-                try:
-                    text = decoder.decode(block, not block)
-                except UnicodeDecodeError as error:
-                    if not told:
-                        told.append(line + error.object[: error.start].count(b"\n"))
-                        self._problem(INVALID_UTF8, f"{file}:{told[0]}")
-                    decoder.errors = "replace"
-                    decoder.setstate(state)
-                    text = decoder.decode(block, not block)
+                block = stream.read(PIECE_CHARS)
+                text, n_bad_here, n_lines = decoder.decode(block)
+                n_read += len(block)
+                self.n_read += max(n_read - counted.n_read, 0)
+                counted.n_read = max(n_read, counted.n_read)
+                if n_bad_here:
+                    if not counted.n_bad:
+                        self._problem(INVALID_UTF8, f"{file}:{line + n_lines}")
+                    n_bad += n_bad_here
+                    self.problems[BAD_BYTES] += max(n_bad - counted.n_bad, 0)
+                    counted.n_bad = max(n_bad, counted.n_bad)
                 line += text.count("\n")
                 yield text
-                self.done_bytes = self._before + raw.tell()
+                self._show(file, raw.tell())
 
-    def _lines(self, file: File) -> Iterator[Document]:
+    def _utf8(self, raw: IO[bytes], file: File, content: Content) -> IO[bytes]:
+        """The content of a file that is open, as UTF-8 whatever its encoding."""
+        stream = unpacked(raw, content.packed, file)
+        if content.encoding == "utf-8":
+            return stream
+
+        def count_bad(n_bad: int) -> None:
+            self._problem(INVALID_UTF8, str(file))
+            self.problems[BAD_BYTES] += n_bad
+
+        transcoded: Any = Transcoded(stream, content.encoding, count_bad)
+        return io.BufferedReader(transcoded, 1 << 20)
+
+    def _lines(self, file: File, content: Content) -> Iterator[Document]:
         with file.open() as raw:
-            for number, line in enumerate(_decompressed(raw, file), 1):
-                self.done_bytes = self._before + raw.tell()
+            stream = self._utf8(raw, file, content)
+            lines = iter(partial(stream.readline, MAX_RECORD_BYTES + 1), b"")
+            for number, line in enumerate(lines, 1):
+                self._show(file, raw.tell())
+                self.n_read += len(line)
                 where = f"{file}:{number}"
+                if len(line) > MAX_RECORD_BYTES:
+                    raise _too_long(where, "line")
                 if not line.strip():
                     continue
                 try:
-                    content = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
                 except UnicodeDecodeError:
                     self._problem(INVALID_UTF8, where)
-                    content = line.decode(errors="replace")
-                if (record := json_object(content)) is None:
+                    text, n_bad = Decoder("utf-8").decode_all(line)
+                    self.problems[BAD_BYTES] += n_bad
+                if (record := json_object(text)) is None:
                     self._problem(NOT_JSON, where)
                 else:
-                    yield from self._record(record.get(self.field), where)
+                    yield from self._of_record(record, where)
 
-    def _rows(self, file: File) -> Iterator[Document]:
-        parquet = _package("pyarrow.parquet", file)
+    def _values(self, file: File, content: Content) -> Iterator[Document]:
+        """The records of a JSON array, or of objects one after another on any number of lines."""
+        parser = json.JSONDecoder()
+        decoder = Decoder("utf-8")
+        text, at, number = "", 0, 0
+        in_array = ended = False
+        with file.open() as raw:
+            stream = self._utf8(raw, file, content)
+            while True:
+                at = cast(re.Match[str], _BETWEEN.match(text, at)).end()
+                mark = text[at : at + 1]
+                if (mark == "[" and not in_array) or (mark == "]" and in_array):
+                    in_array = not in_array
+                    at += 1
+                    continue
+                try:
+                    value, at = parser.raw_decode(text, at)
+                except (ValueError, RecursionError) as error:
+                    if ended and not mark and not in_array:
+                        return
+                    where = f"{file}: record {number + 1}"
+                    if ended or isinstance(error, RecursionError):
+                        raise DataError(f"{where}: not valid JSON ({error})") from None
+                    if len(text) - at > MAX_RECORD_BYTES:
+                        raise _too_long(where, "record") from None
+                    # Twice as much each time, so that a long record is not parsed often.
+                    block = stream.read(max(1 << 20, len(text) - at))
+                    ended = not block
+                    more, n_bad, _ = decoder.decode(block)
+                    if n_bad:
+                        self._problem(INVALID_UTF8, where)
+                        self.problems[BAD_BYTES] += n_bad
+                    text, at = text[at:] + more, 0
+                    self.n_read += len(block)
+                    self._show(file, raw.tell())
+                    continue
+                number += 1
+                where = f"{file}: record {number}"
+                if isinstance(value, dict):
+                    yield from self._of_record(value, where)
+                else:
+                    self._problem(NOT_JSON, where)
+
+    def _rows(self, file: File, content: Content) -> Iterator[Document]:
+        parquet = inputs.package("pyarrow.parquet", file)
+        is_local = isinstance(file.path, Path) and file.opener is None
         try:
-            table = parquet.ParquetFile(file.path if isinstance(file.path, Path) else file.open())
-            if self.field not in (names := table.schema_arrow.names):
-                remedy = f"name one: --text-field {', '.join(names)}"
-                raise DataError(f"{file}: no column {self.field!r}; {remedy}")
-            batches = table.iter_batches(batch_size=256, columns=[self.field])
-            values = (value for batch in batches for value in batch.column(0).to_pylist())
-            for number, value in enumerate(values, 1):
-                yield from self._record(value, f"{file}: row {number}")
-        except _package("pyarrow", file).ArrowException as error:
+            table = parquet.ParquetFile(file.path if is_local else file.open())
+            column, inner, is_binary = self._column(table.schema_arrow, file)
+            if self._is_binary not in (None, is_binary) and self.encoding == "auto":
+                problem = f"column {self.field!r} holds text in some files and binary in others"
+                raise DataError(f"{file}: {problem}; --encoding utf-8 reads both as text")
+            self._is_binary = is_binary
+            n_rows = max(table.metadata.num_rows, 1)
+            number = 0
+            for batch in table.iter_batches(batch_size=256, columns=[column]):
+                for value in batch.column(column).to_pylist():
+                    number += 1
+                    for name in inner:
+                        value = value and value[name]
+                    yield from self._record(value, f"{file}: row {number}")
+                n_read = file.size * number // n_rows
+                self.n_read += n_read - file.size * (number - len(batch)) // n_rows
+                self._show(file, n_read)
+        except inputs.package("pyarrow", file).ArrowException as error:
             raise DataError(f"{file}: cannot be read as Parquet ({error})") from error
 
+    def _column(self, schema: Any, file: File) -> tuple[str, list[str], bool]:
+        """Return the column of the text, the fields below it, and if they hold binary text.
+
+        What is no text is refused.
+        """
+        name, inner = self.field, list[str]()
+        if name not in schema.names:
+            name, *inner = self.field.split(".")
+        remedy = f"name one: --text-field {', '.join(schema.names)}"
+        if name not in schema.names:
+            raise DataError(f"{file}: no column {self.field!r}; {remedy}")
+        kind = schema.field(name).type
+        for step in inner:
+            names = [part.name for part in kind] if str(kind).startswith("struct") else []
+            if step not in names:
+                raise DataError(f"{file}: no column {self.field!r}; {remedy}")
+            kind = kind.field(step).type
+        if not re.match(r"(dictionary<values=)?(large_|fixed_size_)?(string|binary)", str(kind)):
+            problem = f"column {self.field!r} holds {kind}, not text"
+            if str(kind).startswith("struct"):
+                remedy = f"name a field of it: --text-field {self.field}.{kind[0].name}"
+            raise DataError(f"{file}: {problem}; {remedy}")
+        return name, inner, "binary" in str(kind)
+
+    def _of_record(self, record: dict[str, Any], where: str) -> Iterator[Document]:
+        """The document of a JSON object; a dotted name goes into the objects in it."""
+        value: Any = record.get(self.field)
+        if value is None and "." in self.field:
+            value = record
+            for name in self.field.split("."):
+                value = value.get(name) if isinstance(value, dict) else None
+        if not isinstance(value, str) and not self.other_fields:
+            self.other_fields = _fields(record)
+        yield from self._record(value, where)
+
     def _record(self, text: object, where: str) -> Iterator[Document]:
+        if isinstance(text, bytes):
+            named = self.encoding if self.encoding != "auto" else "utf-8"
+            decoder = Decoder(named)
+            text, n_bad = decoder.decode_all(text)
+            if n_bad:
+                self._problem(INVALID_UTF8, where)
+                self.problems[BAD_BYTES] += n_bad
         if not isinstance(text, str):
             self._problem(f"records without a text in {self.field!r} (left out)", where)
             return
+        if len(text) > MAX_RECORD_BYTES:
+            raise _too_long(where, "record")
         try:
             text.encode()
         except UnicodeEncodeError:  # half of a surrogate pair, which JSON can write
@@ -329,27 +428,40 @@ class Source:
             text = re.sub("[\ud800-\udfff]", "\ufffd", text)
         if not text:
             self._problem(EMPTY, where)
-            return
-        yield Document(where, partial(_pieces, [text]))
+        elif self.separator and self.separator in text:
+            for number, part in enumerate(text.split(self.separator)):
+                yield from self._part(part, where, number == 0)
+        else:
+            yield Document(where, partial(_pieces, [text]))
 
 
-def _package(name: str, file: File) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise DataError(f"{file}: to read it run: pip install pyarrow") from error
+@dataclass
+class _Counted:
+    """What of a file is counted in this pass."""
+
+    n_read: int = 0
+    n_bad: int = 0
 
 
-def _decompressed(raw: IO[bytes], file: File) -> IO[bytes]:
-    _, compression = file.kind()
-    if not compression:
-        return raw
-    if not file.size:  # which would count as no text
-        raise EOFError
-    if compression == ".gz":
-        return cast(IO[bytes], gzip.GzipFile(fileobj=raw))
-    unpacked = _package("pyarrow", file).CompressedInputStream(raw, "zstd")
-    return cast(IO[bytes], io.BufferedReader(unpacked, 1 << 20))
+_BETWEEN = re.compile(r"[\s,]*")
+
+
+def _too_long(where: str, what: str) -> DataError:
+    problem = f"a {what} of more than {MAX_RECORD_BYTES >> 20} MiB"
+    return DataError(f"{where}: {problem}; leave it out, or --format text reads it as one document")
+
+
+def _fields(record: dict[str, Any]) -> dict[str, str]:
+    """Return the fields of a record and of the objects in it, with the types that JSON has."""
+    names = {str: "text", dict: "object", list: "list", bool: "truth value", type(None): "null"}
+    fields = {}
+    for name, value in record.items():
+        inner = value if isinstance(value, dict) else {}
+        below = {f"{name}.{key}": item for key, item in inner.items()}
+        for path, item in (below or {name: value}).items():
+            shown = path if path.isprintable() else repr(path)
+            fields[shown[:60]] = names.get(type(item), "number")
+    return dict(islice(fields.items(), 12))
 
 
 def _pieces(blocks: Iterable[str]) -> Iterator[str]:
@@ -377,91 +489,171 @@ class Piece:
     split: str
     last: bool  # of its document, in this split
     where: str  # its document's file, and line or row
+    before: str = ""  # the end of what comes before it in the same document and split
+    after: str = ""  # the beginning of what follows
 
 
-def _measured(document: Document) -> tuple[int, int, float]:
-    """Return a document's characters, bytes, and place in [0, 1) by its content alone."""
-    digest, n_chars, n_bytes = hashlib.sha256(), 0, 0
+def _measured(document: Document) -> tuple[int, float]:
+    """Return a document's bytes, and its place in [0, 1) by its content alone."""
+    digest, n_bytes = hashlib.sha256(), 0
     for text in document.pieces():
         content = text.encode()
         digest.update(content)
-        n_chars, n_bytes = n_chars + len(text), n_bytes + len(content)
-    return n_chars, n_bytes, int.from_bytes(digest.digest()[:4]) / 2**32
+        n_bytes += len(content)
+    return n_bytes, int.from_bytes(digest.digest()[:4]) / 2**32
+
+
+class Rule(NamedTuple):
+    """What is held out of a document, by its size and hash alone."""
+
+    fraction: float  # of all bytes, to be held out
+    threshold: float  # of at most `limit` bytes, a document is held out whole if its hash is below
+    limit: float
+    tail: float  # of a larger one its end: its share, or so many bytes if that is more
+    cut: float  # and only if hash · end / share is below
+
+    def held_out(self, size: int, share: float) -> int:
+        """Return how many bytes at the end of a document are held out."""
+        if size <= self.limit:
+            return size if share < self.threshold else 0
+        tail = max(int(size * self.fraction), int(self.tail), 1)
+        return tail if share * tail < self.cut * size * self.fraction else 0
 
 
 class Splitter:
     """Assigns documents to train and val, in the same way in each pass.
 
-    Documents go to validation by a hash of their text: one stays where it is when others come, and
-    no text is in both splits. A text of one document is cut by position instead.
+    A document goes to validation by a hash of its text: it stays where it is when others come, and
+    no text is in both splits. That holds out the share of bytes that is asked for, on average; from
+    documents that are large beside what is to be held out, it is far off. Of these, only an end is
+    held out: its own share, or in proportion more of fewer documents.
 
-    Where no fraction is named and the text is small, the hash decides as well, but so that at least
-    `VAL_BYTES` are held out and less than twice as many: documents that are themselves larger are
-    left to training. Where the others do not suffice, the large ones are cut by position.
+    A text of less than `SMALL_BYTES` is measured first, and what is held out is chosen so that it
+    is not less than half, and not more than twice what was asked for, but at least a character.
+    Where nobody says how much, it is at least `VAL_BYTES`, unless that is more than a tenth.
     """
 
     def __init__(self, source: Source, val_fraction: float | None) -> None:
         self.source = source
-        first_two = len(list(islice(source.documents(), 2)))
-        if not first_two:
-            reasons = "; ".join(f"{n} {reason}" for reason, n in source.problems.items())
-            raise DataError(f"there is no text in the input ({reasons or 'no documents'})")
-        self.val_fraction = self.threshold = VAL_FRACTION if val_fraction is None else val_fraction
-        self.held_out_smallest = False  # where no document falls below the fraction
-        # Documents of more bytes are not held out whole, but cut if `_cuts_large`.
-        self._limit, self._cuts_large = 0 if first_two == 1 else math.inf, True
-        # A small text is read to its end. The search for a document below the fraction takes
-        # 1 / val_fraction documents as a rule.
-        small, searches = val_fraction is None, bool(self._limit and self.val_fraction)
-        total, smallest, sizes, shares = 0, 1.0, array("q"), array("d")
-        for document in source.documents() if small or searches else ():
-            _, size, share = _measured(document)
-            total, smallest = total + size, min(smallest, share)
-            if small := small and total < SMALL_BYTES:
-                sizes.append(size)
-                shares.append(share)
-            elif smallest < self.val_fraction:
-                break
-        if small:
-            self._fit(np.array(sizes), np.array(shares))
-        elif searches and smallest >= self.val_fraction:
-            self.threshold, self.held_out_smallest = smallest + 2**-33, True
+        self.val_fraction = VAL_FRACTION if val_fraction is None else val_fraction
+        sizes, shares, is_whole = self._measure(whether=val_fraction != 0)
+        if val_fraction == 0:
+            self.rule = Rule(0.0, 0.0, math.inf, 0.0, 0.0)
+        elif is_whole:
+            self.rule = self._fitted(np.array(sizes), np.array(shares), val_fraction is None)
+        else:
+            n_bytes = float(source.n_bytes)
+            if sizes:  # records hold more than text
+                n_bytes = max(sum(sizes), n_bytes * sum(sizes) / max(source.n_read, 1))
+            largest = self.val_fraction * n_bytes * _LARGEST_PART
+            self.rule = Rule(self.val_fraction, self.val_fraction, largest, largest, 1.0)
 
-    def _fit(self, sizes: NDArray[np.int64], shares: NDArray[np.float64]) -> None:
-        """Choose what is held out of a small text."""
+    def _measure(self, *, whether: bool) -> tuple["array[int]", "array[float]", bool]:
+        """Return sizes and hashes of the first documents, and whether these are all.
+
+        Of plain files, the sizes are known; of others so many are measured as a small text has.
+        """
+        source = self.source
+        sizes, shares = array("q"), array("d")
+        plain = all(file.content == PLAIN for file in source.files)
+        total = 0
+        for document in source.documents():
+            if not whether or (plain and source.n_bytes >= SMALL_BYTES):
+                return sizes, shares, False
+            size, share = _measured(document)
+            sizes.append(size)
+            shares.append(share)
+            total += size
+            if total >= SMALL_BYTES or source.n_read >= 4 * SMALL_BYTES:
+                return sizes, shares, False
+        if not sizes:
+            reasons = "; ".join(f"{n} {reason}" for reason, n in source.problems.items())
+            fields = source.other_fields
+            texts = [name for name, kind in fields.items() if kind == "text"]
+            remedy = f": the first record has {', '.join(f'{n} ({k})' for n, k in fields.items())}"
+            remedy += f"; name its text: --text-field {texts[0] if texts else 'NAME'}"
+            problem = f"there is no text in the input ({reasons or 'no documents'})"
+            raise DataError(problem + remedy * bool(fields))
+        return sizes, shares, True
+
+    def _fitted(
+        self, sizes: NDArray[np.int64], shares: NDArray[np.float64], is_default: bool
+    ) -> Rule:
+        """Return what to hold out of a small text."""
         total = int(sizes.sum())
-        self.val_fraction = min(max(VAL_BYTES / total, VAL_FRACTION), MAX_VAL_FRACTION)
-        wanted = self.val_fraction * total
-        self._limit = min(self._limit, wanted)
+        if is_default:
+            self.val_fraction = min(max(VAL_BYTES / total, VAL_FRACTION), MAX_VAL_FRACTION)
+        fraction = self.val_fraction
+        wanted = fraction * total
+        rules = []
+        if not is_default and len(sizes) > 1:  # as for a large text of small documents
+            rules.append(Rule(fraction, fraction, math.inf, 0.0, 0.0))
+        # Whole documents, none larger than all that is wanted, as many as it takes.
         bins = (shares * _BINS).astype(np.int64)
         held = np.cumsum(np.bincount(bins, sizes * (sizes <= wanted), _BINS))
-        n_bins = 1 + int(np.searchsorted(held, wanted)) if held[-1] >= wanted else 0
-        self.threshold, self._cuts_large = n_bins / _BINS, n_bins == 0
+        if held[-1] >= wanted:
+            n_bins = 1 + int(np.searchsorted(held, wanted))
+            rules.append(Rule(fraction, n_bins / _BINS, wanted, 0.0, 0.0))
+        # The ends of larger documents, of as many as it takes.
+        tail = min(wanted, _TAIL_BYTES)
+        tails = np.maximum(np.maximum(np.trunc(fraction * sizes), np.trunc(tail)), 1)
+        keys = np.where(sizes > wanted, shares * tails / (fraction * sizes), np.inf)
+        order = np.argsort(keys, kind="stable")
+        middles = np.cumsum(tails[order]) - tails[order] / 2
+        n_cut = max(1, int(np.searchsorted(middles, wanted, "right")))
+        cut = float(keys[order[n_cut]]) if n_cut < len(keys) else math.inf
+        rules.append(Rule(fraction, 0.0, wanted, tail, cut))
+        # The end of each, as where all documents are the same.
+        rules.append(Rule(fraction, 0.0, 0.0, 0.0, math.inf))
+        nearest, distance = rules[-1], math.inf
+        for rule in rules:
+            n_bytes = sum(map(rule.held_out, sizes.tolist(), shares.tolist()))
+            if wanted / 2 <= n_bytes <= 2 * wanted and n_bytes < total:
+                return rule
+            if 0 < n_bytes < total and abs(n_bytes - wanted) < distance:
+                nearest, distance = rule, abs(n_bytes - wanted)
+        return nearest
 
     def pieces(self) -> Iterator[Piece]:
         """Every piece of every document, in order."""
         for document in self.source.documents():
-            border, at = self._border(document), 0
-            text = split = ""
+            size, held_out = self._held_out(document)
+            border, at = size - held_out, 0
+            text = split = before = ""
             for block in document.pieces():
-                inside = int(min(max(border - at, 0), len(block)))
-                if 0 < inside < len(block):  # the cut: after a line's end if one is near
-                    line = block.rfind("\n", 0, inside) + 1
-                    inside = line if inside - line < 1000 and (line or at) else inside
-                at += len(block)
+                inside = len(block) if not held_out else 0
+                if 0 < held_out < size:
+                    content = block.encode()
+                    inside = _inside(content, border - at, held_out, at > 0)
+                    inside = len(content[:inside].decode(errors="ignore"))
+                    at += len(content)
                 for name, part in (("train", block[:inside]), ("val", block[inside:])):
+                    if part and text:
+                        self.source.sample(text)
+                        after = part[:CONTEXT_CHARS] if split == name else ""
+                        yield Piece(text, split, split != name, document.where, before, after)
+                        before = text[-CONTEXT_CHARS:] if split == name else ""
                     if part:
-                        if text:
-                            yield Piece(text, split, split != name, document.where)
                         text, split = part, name
-            yield Piece(text, split, True, document.where)
+            self.source.sample(text)
+            yield Piece(text, split, True, document.where, before)
 
-    def _border(self, document: Document) -> float:
-        """How many characters of a document are for training; infinite: all."""
+    def _held_out(self, document: Document) -> tuple[int, int]:
+        """Return a document's bytes, and how many at its end are for validation."""
         if not self.val_fraction:
-            return math.inf
-        n_chars, size, share = _measured(document)
-        if size > self._limit:
-            held_out = max(int(n_chars * self.val_fraction), 1)
-            return n_chars - held_out if self._cuts_large else math.inf
-        return 0 if share < self.threshold else math.inf
+            return 0, 0
+        size, share = _measured(document)
+        return size, min(self.rule.held_out(size, share), size)
+
+
+def _inside(content: bytes, room: int, held_out: int, is_later: bool) -> int:
+    """Return how many bytes of a document's piece are for training, which has `room` for these.
+
+    After a line's end if one is near.
+    """
+    if room <= 0:
+        return 0
+    if room >= len(content):
+        return len(content)
+    line = content.rfind(b"\n", 0, room) + 1
+    return line if room - line < min(1000, held_out // 4) and (line or is_later) else room

@@ -1,0 +1,585 @@
+"""What an input is: which files, what they hold, in which encoding, and how much is held out."""
+
+import bz2
+import gzip
+import io
+import json
+import lzma
+import os
+import random
+import signal
+import subprocess
+import sys
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from fasttrain.data.files import DataError
+from fasttrain.data.format import open_dataset
+from fasttrain.data.prepare import sources
+from fasttrain.data.prepare.inputs import find_files, local_file
+from fasttrain.data.prepare.sources import Source, Splitter
+from fasttrain.prepare import prepare
+from tests.support.toy import wait_until
+
+TEXTS = [f"document {n}: naïve “words”, 日本語 and a line\n" * (n + 1) for n in range(12)]
+LINES = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS)
+
+
+def texts_of(*names: Path | str, separator: str = "", **options: str) -> list[str]:
+    files = find_files(list(map(str, names)), **options).files
+    source = Source(files, separator=separator, **options)  # type: ignore[arg-type]
+    return ["".join(document.pieces()) for document in source.documents()]
+
+
+def run(out: Path, *inputs: Path | str, **options: object) -> list[str]:
+    notes: list[str] = []
+    options = {"tokenizer": "bytes", "val_fraction": 0} | options
+    prepare(out, list(map(str, inputs)), note=notes.append, **options)  # type: ignore[arg-type]
+    return notes
+
+
+def zst(content: bytes) -> bytes:
+    arrow = pytest.importorskip("pyarrow", reason="needs the extra data")
+    return bytes(arrow.Codec("zstd").compress(content, asbytes=True))
+
+
+def tar(members: dict[str, bytes], mode: str = "w") -> bytes:
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode=mode) as archive:  # type: ignore[call-overload]
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return packed.getvalue()
+
+
+def zipped(members: dict[str, bytes]) -> bytes:
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return packed.getvalue()
+
+
+# ------------------------------------------------------------------ what is held out
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "jsonl.gz"])
+@pytest.mark.parametrize("fraction", [None, 0.005, 0.05, 0.3])
+@pytest.mark.parametrize(
+    "sizes",
+    [[1], [1, 1], [1, 1, 1], [1] * 5, [1, 100], [1] * 30, [1] * 40 + [400]],
+    ids=["one", "two", "three", "five", "small-and-large", "thirty", "many-and-large"],
+)
+def test_the_promised_share_of_bytes_is_held_out_whatever_the_sizes_of_documents(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes: list[int], fraction: float, kind: str
+) -> None:
+    monkeypatch.setattr(sources, "SMALL_BYTES", 200_000)
+    monkeypatch.setattr(sources, "VAL_BYTES", 1000)
+    for total in (1500, 60_000, 400_000):
+        texts = [
+            f"{n}\n" + "a line of é\n" * (s * total // sum(sizes) // 13)
+            for n, s in enumerate(sizes)
+        ]
+        folder = tmp_path / str(total)
+        folder.mkdir()
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+        if kind == "txt":
+            for n, text in enumerate(texts):
+                (folder / f"{n:03}.txt").write_text(text)
+        else:
+            (folder / f"in.{kind}").write_bytes(gzip.compress(lines) if "gz" in kind else lines)
+        splitter = Splitter(Source(find_files([str(folder)]).files), fraction)
+        pieces = list(splitter.pieces())
+        joined = {"train": 0, "val": 0}
+        for piece in pieces:
+            joined[piece.split] += len(piece.text.encode())
+        assert sum(joined.values()) == sum(len(text.encode()) for text in texts)
+        wanted = splitter.val_fraction * sum(joined.values())
+        assert 0.45 * wanted <= joined["val"] <= 2 * max(wanted, 2)
+
+
+def test_documents_that_are_small_stay_where_their_hash_puts_them(tmp_path: Path) -> None:
+    """A large text of them is split as one of earlier versions."""
+    block = "a line of a text that is long enough\n" * 30
+    lines = [json.dumps({"text": f"{n}\n{block}"}) + "\n" for n in range(20_000)]
+    (tmp_path / "in.jsonl").write_text("".join(lines))
+    source = Source([local_file(tmp_path / "in.jsonl")])
+    held = [p.where for p in Splitter(source, 0.005).pieces() if p.split == "val"]
+    hashes = [sources._measured(document)[1] for document in source.documents()]
+    assert [int(where.rpartition(":")[2]) for where in held] == [
+        number for number, share in enumerate(hashes, 1) if share < 0.005
+    ]
+
+
+def test_a_preparation_that_an_earlier_rule_began_is_not_continued(tmp_path: Path) -> None:
+    (tmp_path / "in.txt").write_text("a text\n" * 100)
+    run(tmp_path / "out", tmp_path / "in.txt")
+    record = tmp_path / "out/prepared.json"
+    asked = json.loads(record.read_text())
+    asked["recipe"][0] = 1
+    record.write_text(json.dumps(asked))
+    assert open_dataset(tmp_path / "out", "train").n_tokens == 701  # it stays valid
+    with pytest.raises(DataError, match=r"made of something else: .*tokenizers = \[1, "):
+        run(tmp_path / "out", tmp_path / "in.txt", resume=True)
+
+
+# ------------------------------------------------------------------ what a file holds
+
+PACKED: dict[str, Callable[[bytes], bytes]] = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": zst,
+}
+
+
+@pytest.mark.parametrize("name", ["c4.json", "c4.ndjson", "c4.jsonl", "c4", "c4.data", "c4.txt"])
+@pytest.mark.parametrize("packed", PACKED)
+@pytest.mark.parametrize("says_so", [True, False], ids=["ending", "no-ending"])
+def test_json_lines_are_recognised_under_any_name(
+    tmp_path: Path, name: str, packed: str, says_so: bool
+) -> None:
+    path = tmp_path / "in" / f"{name}{packed if says_so else ''}"
+    path.parent.mkdir()
+    path.write_bytes(PACKED[packed](LINES.encode()))
+    assert texts_of(path) == texts_of(path.parent) == TEXTS
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("kind", ["array", "objects"])
+def test_json_on_any_number_of_lines_is_read_record_by_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, indent: int | None, kind: str
+) -> None:
+    records = [{"id": n, "text": text} for n, text in enumerate(TEXTS)]
+    each = "\n".join(json.dumps(record, indent=indent) for record in records)
+    path = tmp_path / "in.json"
+    path.write_text(json.dumps(records, indent=indent) if kind == "array" else each)
+    assert texts_of(path) == texts_of(tmp_path) == TEXTS
+    path.write_text(path.read_text()[:-40])
+    if kind == "array" or indent:
+        with pytest.raises(DataError, match=r"in\.json: record 12: not valid JSON"):
+            texts_of(path)
+
+
+@pytest.mark.parametrize("archive", ["tar", "tar.gz", "tgz", "zip", "no-ending"])
+def test_the_files_in_an_archive_are_read_as_those_of_a_folder(
+    tmp_path: Path, archive: str
+) -> None:
+    members = {
+        "data/a.jsonl.gz": gzip.compress(LINES.encode()),
+        "data/b.txt": "a plain text é\n".encode() * 40_000,
+        "data/.hidden.txt": b"hidden",
+        "data/picture.png": b"\x89PNG\r\n\x1a\n\x00\x00\x00",
+        "data/c": "".join(json.dumps({"text": f"c {n}"}) + "\n" for n in range(3)).encode(),
+    }
+    content = (
+        zipped(members) if archive == "zip" else tar(members, "w:gz" if "gz" in archive else "w")
+    )
+    path = tmp_path / f"in.{archive}"
+    path.write_bytes(content)
+    assert texts_of(path) == [*TEXTS, "a plain text é\n" * 40_000, "c 0", "c 1", "c 2"]
+    notes = run(tmp_path / "out", path)
+    assert any(line.startswith("files in archives") and line.endswith(": 1") for line in notes)
+    assert open_dataset(tmp_path / "out", "train").n_documents == len(TEXTS) + 4
+    outer = tmp_path / "outer.tar"
+    outer.write_bytes(tar({"in.zip": zipped({"a.txt": b"a"})}))
+    with pytest.raises(DataError, match="an archive within an archive"):
+        texts_of(outer)
+
+
+@pytest.mark.parametrize("kind", ["jsonl.gz", "array", "tar", "utf-16", "parquet"])
+def test_standard_input_is_looked_at_like_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    arrow = pytest.importorskip("pyarrow", reason="needs the extra data")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    rows = io.BytesIO()
+    parquet.write_table(arrow.table({"text": TEXTS}), rows)
+    content = {
+        "jsonl.gz": gzip.compress(LINES.encode()),
+        "array": json.dumps([{"text": text} for text in TEXTS]).encode(),
+        "tar": tar({"a.jsonl": LINES.encode()}),
+        "utf-16": LINES.encode("utf-16"),
+        "parquet": rows.getvalue(),
+    }[kind]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+    assert texts_of("-") == TEXTS
+
+
+def test_what_is_not_text_is_refused_by_name_and_left_out_of_a_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "a.txt").write_text("a text")
+    for name, content, why in (
+        ("x.pdf", b"%PDF-1.7\n", "a PDF document"),
+        ("x.7z", b"7z\xbc\xaf\x27\x1c\x00", "a 7-Zip archive"),
+        ("x.lz4", b"\x04\x22\x4d\x18aaaa", "compressed by lz4"),
+        ("x.bin", bytes(range(256)) * 50, "binary data"),
+    ):
+        (folder / name).write_bytes(content)
+        with pytest.raises(DataError, match=rf"{name}: .*{why}"):
+            texts_of(folder / name)
+    (folder / "code.py").write_text("x = {}\n")
+    (folder / "package.json").write_text('{\n "name": "x"\n}\n')
+    files, left_out = find_files([str(folder)])
+    assert [Path(file.path).name for file in files] == ["a.txt", "package.json"]
+    assert {reason: len(names) for reason, names in left_out.items()} == {
+        "not text": 4,
+        "with an unknown ending": 1,
+    }
+    assert texts_of(folder / "code.py") == ["x = {}\n"]
+    (folder / "x.json").write_text("some words")
+    with pytest.raises(DataError, match=r"x\.json: not JSON, as its name says; .*--format text"):
+        texts_of(folder / "x.json")
+    assert texts_of(folder / "x.json", format="text") == ["some words"]
+
+
+def test_a_format_that_is_named_is_the_one_that_is_read(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(LINES)
+    assert texts_of(tmp_path / "a.jsonl", format="text") == [LINES]
+    (tmp_path / "b.txt").write_text('{"text": "one line"}\n')
+    assert texts_of(tmp_path / "b.txt") == ['{"text": "one line"}\n']
+    assert texts_of(tmp_path / "b.txt", format="jsonl") == ["one line"]
+
+
+# ------------------------------------------------------------------ which files
+
+
+def test_one_rule_says_which_files_a_folder_and_a_glob_mean(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    for name in ("a.txt", "sub/b.txt", ".git/c.txt", "._a.txt", "sub/.d.txt"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/e.txt").write_text("out/e.txt")
+    (folder / "f.txt").symlink_to(tmp_path / "out/e.txt")
+    (folder / "linked").symlink_to(tmp_path / "out")
+    (folder / "sub/circle").symlink_to(folder)
+    os.link(folder / "a.txt", folder / "z.txt")
+    expected = ["a.txt", "out/e.txt", "sub/b.txt"]
+    for names in (
+        [str(folder)],
+        [f"{folder}/*"],
+        [f"{folder}/**"],
+        [f"{folder}/", f"{folder}/../in", f"{folder}/a.txt"],
+        [os.path.relpath(folder), str(folder)],
+    ):
+        assert sorted(texts_of(*names)) == expected, names
+    _, left_out = find_files([str(folder)])
+    assert {Path(name).name for name in left_out["hidden"]} == {".git", "._a.txt", ".d.txt"}
+    assert {Path(name).name for name in left_out["named more than once"]} == {"e.txt", "z.txt"}
+    assert texts_of(folder / "._a.txt") == ["._a.txt"]  # it is named
+    notes = run(tmp_path / "ds", folder)
+    assert notes[0].startswith("Found 3 files (")
+    assert "3 hidden: " in notes[0]
+
+
+def test_what_cannot_be_read_is_an_error_that_names_it(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.txt").write_text("a")
+    (tmp_path / "in/b.txt").symlink_to("nowhere")
+    for name in (f"{tmp_path}/in", f"{tmp_path}/in/*", f"{tmp_path}/in/b.txt"):
+        with pytest.raises(DataError, match=r"b\.txt: links to 'nowhere', which does not exist"):
+            find_files([name])
+    (tmp_path / "in/b.txt").unlink()
+    (tmp_path / "in/b.txt").write_text("b")
+    if os.getuid():
+        (tmp_path / "in/b.txt").chmod(0)
+        with pytest.raises(DataError, match=r"b\.txt: cannot be read \(.*Permission denied"):
+            find_files([f"{tmp_path}/in"])
+
+
+@pytest.mark.parametrize("change", ["grows", "replaced"])
+@pytest.mark.parametrize("kind", ["txt", "jsonl"])
+def test_a_file_that_changes_while_it_is_read_is_refused(
+    tmp_path: Path, change: str, kind: str
+) -> None:
+    path = tmp_path / f"in.{kind}"
+    path.write_text(LINES if kind == "jsonl" else "a line\n" * 200_000)
+    source = Source(find_files([str(path)]).files)
+    splitter = Splitter(source, 0.1)
+    pieces = splitter.pieces()
+    next(pieces)
+    if change == "grows":
+        with path.open("a") as file:
+            file.write("more\n")
+    else:
+        (tmp_path / "new").write_text(path.read_text().replace("line", "LINE"))
+        os.replace(tmp_path / "new", path)
+    with pytest.raises(DataError, match=rf"in\.{kind}: changed while it was read"):
+        list(pieces)
+
+
+def test_a_pipe_by_name_is_read_once_and_copied(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    writer = subprocess.Popen(
+        [sys.executable, "-c", "import sys; open(sys.argv[1], 'w').write('a text')",
+         str(tmp_path / "pipe")]
+    )  # fmt: skip
+    assert texts_of(tmp_path / "pipe") == ["a text"]
+    assert writer.wait() == 0
+
+
+def test_nothing_is_left_of_standard_input_when_the_process_is_killed(tmp_path: Path) -> None:
+    (tmp_path / "tmp").mkdir()
+    command = [sys.executable, "-m", "fasttrain.prepare", str(tmp_path / "out")]
+    process = subprocess.Popen(
+        [*command, "--input", "-", "--tokenizer", "bytes"],
+        stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        env={**os.environ, "TMPDIR": f"{tmp_path}/tmp", "PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    assert process.stdin is not None
+    process.stdin.write(b"a line\n" * 500_000)
+    process.stdin.flush()
+    open_files = Path(f"/proc/{process.pid}/fd")
+
+    def is_copying() -> bool:
+        return any("(deleted)" in os.readlink(link) for link in open_files.iterdir())
+
+    wait_until(is_copying)
+    process.send_signal(signal.SIGKILL)
+    process.stdin.close()
+    process.wait()
+    assert not list((tmp_path / "tmp").iterdir())
+
+
+# ------------------------------------------------------------------ encodings, separators
+
+SAMPLE = "Der naïve Straßenbau, “über” 日本語の文章。\n" * 50
+ALL = ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"]
+
+
+@pytest.mark.parametrize("encoding", ALL)
+@pytest.mark.parametrize(
+    "text", [SAMPLE, "plain\n" * 9, "日本語の文章一二三" * 40], ids=["mixed", "ascii", "cjk"]
+)
+def test_unicode_is_recognised_with_and_without_a_mark(
+    tmp_path: Path, encoding: str, text: str
+) -> None:
+    (tmp_path / "in.txt").write_bytes(text.encode(encoding))
+    assert texts_of(tmp_path / "in.txt") == [text]
+    assert texts_of(tmp_path / "in.txt", encoding=encoding) == [text]
+    lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for _ in range(3))
+    (tmp_path / "in.jsonl").write_bytes(lines.encode(encoding))
+    assert texts_of(tmp_path / "in.jsonl") == [text] * 3
+
+
+@pytest.mark.parametrize(
+    ("encoding", "text"),
+    [
+        ("cp1252", "Le café est “très” agréable, déjà.\n" * 20),
+        ("latin-1", "Le café est très agréable, déjà.\n" * 20),
+        ("cp1251", "Это просто текст.\n" * 20),
+        ("shift_jis", "日本語の文章。\n" * 20),
+        ("gb18030", "这是一个句子。\n" * 20),
+    ],
+)
+def test_another_encoding_is_refused_until_it_is_named(
+    tmp_path: Path, encoding: str, text: str
+) -> None:
+    for name, content in (
+        ("in.txt", text),
+        ("in.jsonl", json.dumps({"text": text}, ensure_ascii=False) + "\n"),
+    ):
+        (tmp_path / name).write_bytes(content.encode(encoding))
+        with pytest.raises(DataError, match=rf"{name}: not UTF-8: .*%\) .*--encoding"):
+            texts_of(tmp_path / name)
+        assert texts_of(tmp_path / name, encoding=encoding) == [text]
+        replaced = texts_of(tmp_path / name, encoding="utf-8")
+        assert "\ufffd" in replaced[0]
+    with pytest.raises(DataError, match="--encoding nonsense: there is no such encoding"):
+        run(tmp_path / "out", tmp_path / "in.txt", encoding="nonsense")
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl"])
+def test_few_bad_bytes_are_counted_and_many_behind_a_good_beginning_refused(
+    tmp_path: Path, kind: str
+) -> None:
+    line = b'{"text": "fine and good"}\n' if kind == "jsonl" else b"fine and good\n"
+    bad = line.replace(b"good", b"g\xe9\xe8d")
+    path = tmp_path / f"in.{kind}"
+    path.write_bytes(line * 10_000 + bad * 3)
+    notes = run(tmp_path / "few", path)
+    n_bytes = open_dataset(tmp_path / "few", "train").n_bytes
+    assert notes[1].endswith(f"bad bytes: 6 ({600 / n_bytes:.2g} %)")
+    path.write_bytes(line * 10_000 + bad * 3000)
+    with pytest.raises(DataError, match=rf"in\.{kind}: not UTF-8: 6,000 of .*--encoding NAME"):
+        run(tmp_path / "many", path)
+
+
+@pytest.mark.parametrize("separator", ["<|endoftext|>", "</s>", "<|im_end|>"])
+@pytest.mark.parametrize("kind", ["txt", "jsonl"])
+def test_separators_in_the_text_are_told_and_end_documents_if_asked_for(
+    tmp_path: Path, separator: str, kind: str
+) -> None:
+    parts = [f"a story of {n}\n" for n in range(50)]
+    text = f"{separator}\n".join(parts) + f"{separator}\n"
+    path = tmp_path / f"in.{kind}"
+    path.write_text(json.dumps({"text": text}) + "\n" if kind == "jsonl" else text)
+    notes = run(tmp_path / "one", path)
+    (told,) = (line for line in notes if line.startswith("The text holds"))
+    assert f"--separator '{separator}'" in told
+    assert f"{separator} in samples of the text: 50" in notes
+    assert texts_of(path) == [text]
+    assert texts_of(path, separator=separator) == parts
+    notes = run(tmp_path / "many", path, separator=separator)
+    assert open_dataset(tmp_path / "many", "train").n_documents == 50
+    assert not any(separator in line for line in notes)
+
+
+def test_a_separator_may_be_an_empty_line(tmp_path: Path) -> None:
+    (tmp_path / "in.txt").write_text("one\nmore\n\ntwo\n\n\n\nthree\n")
+    assert run(tmp_path / "out", tmp_path / "in.txt", separator=r"\n\n")
+    assert open_dataset(tmp_path / "out", "train").n_documents == 3
+
+
+# ------------------------------------------------------------------ records
+
+
+@pytest.mark.parametrize(
+    ("record", "told"),
+    [
+        ({"content": "x", "id": 1}, r"content \(text\), id \(number\); .*--text-field content"),
+        ({"data": {"text": "x"}}, r"data\.text \(text\); .*--text-field data\.text"),
+        ({"text": ["x"]}, r"text \(list\); .*--text-field NAME"),
+        ({"text": None, "body": "x"}, r"text \(null\), body \(text\); .*--text-field body"),
+    ],
+)
+def test_where_no_record_has_a_text_the_fields_that_are_there_are_named(
+    tmp_path: Path, record: dict[str, object], told: str
+) -> None:
+    (tmp_path / "in.jsonl").write_text((json.dumps(record) + "\n") * 9)
+    with pytest.raises(DataError, match=rf"no text in the input .*: the first record has {told}"):
+        run(tmp_path / "out", tmp_path / "in.jsonl")
+    if "data" in record:
+        run(tmp_path / "out", tmp_path / "in.jsonl", text_field="data.text")
+        assert open_dataset(tmp_path / "out", "train").n_documents == 9
+
+
+def test_columns_of_parquet_are_text_or_named_by_their_type(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow", reason="needs the extra data")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "in.parquet"
+
+    def write(column: object, path: Path = path) -> None:
+        parquet.write_table(pa.table({"text.en": ["other"] * len(TEXTS), "text": column}), path)
+
+    for column in (
+        pa.array(TEXTS, pa.large_string()),
+        pa.array(TEXTS).dictionary_encode(),
+        pa.array([text.encode() for text in TEXTS]),
+        pa.array([text.encode() for text in TEXTS], pa.large_binary()),
+    ):
+        write(column)
+        assert texts_of(path) == TEXTS
+    write(pa.array([{"raw": text} for text in TEXTS]))
+    with pytest.raises(DataError, match=r"holds struct<.*--text-field text\.raw"):
+        texts_of(path)
+    source = Source(find_files([str(path)]).files, field="text.raw")
+    assert ["".join(document.pieces()) for document in source.documents()] == TEXTS
+    for column, kind in (
+        (pa.array([[text] for text in TEXTS]), "list"),
+        (pa.array(range(12)), "int64"),
+    ):
+        write(column)
+        with pytest.raises(DataError, match=f"column 'text' holds {kind}.*--text-field"):
+            texts_of(path)
+    write(pa.array(TEXTS))
+    write(pa.array([text.encode() for text in TEXTS]), tmp_path / "second.parquet")
+    with pytest.raises(DataError, match=r"second\.parquet: .*binary in others; --encoding utf-8"):
+        texts_of(tmp_path)
+    assert texts_of(tmp_path, encoding="utf-8") == TEXTS * 2
+
+
+@pytest.mark.parametrize("kind", ["line", "array", "separator"])
+def test_a_record_that_has_no_end_is_refused_before_it_fills_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(sources, "MAX_RECORD_BYTES", 1 << 20)
+    long = json.dumps({"text": "a" * 8_000_000})
+    first = json.dumps({"text": "short"})
+    (tmp_path / "in").write_bytes(
+        gzip.compress((f"[{first}, {long}]" if kind == "array" else f"{first}\n{long}\n").encode())
+    )
+    options = {"format": "text", "separator": "<eos>"} if kind == "separator" else {}
+    with pytest.raises(
+        DataError, match=r"in:( record )?[12]: (a (line|record) of )?more than 1 MiB"
+    ):
+        texts_of(tmp_path / "in", **options)
+
+
+def test_zstd_with_a_long_window_is_told_how_to_be_unpacked(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow", reason="needs the extra data")
+    # A frame whose header asks for a window of 2 GiB, with one raw block.
+    frame = b"\x28\xb5\x2f\xfd" + bytes([0x00, 21 << 3]) + b"\x29\x00\x00hello"
+    (tmp_path / "in.txt.zst").write_bytes(frame)
+    with pytest.raises(DataError, match=r"in\.txt\.zst: .*window .*: zstd -d --long=31"):
+        texts_of(tmp_path / "in.txt.zst")
+
+
+# ------------------------------------------------------------------ pieces of long documents
+
+
+def sentencepiece(**options: object) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    for name, value in options.items():
+        setattr(tokenizer, name, value)
+    return tokenizer
+
+
+MAKERS: dict[str, Callable[[], Tokenizer]] = {
+    "prepend": lambda: sentencepiece(
+        normalizer=normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    ),
+    "first": lambda: sentencepiece(
+        pre_tokenizer=pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    ),
+    "always": lambda: sentencepiece(pre_tokenizer=pre_tokenizers.Metaspace()),
+    "prefix-space": lambda: sentencepiece(
+        pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=True)
+    ),
+    "strip": lambda: sentencepiece(
+        normalizer=normalizers.Strip(),
+        pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=True),
+    ),
+    "byte-level": lambda: sentencepiece(
+        pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=False), decoder=decoders.ByteLevel()
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("kind", ["words", "lines", "no spaces"])
+def test_a_long_document_has_the_ids_of_the_whole_whatever_its_tokenizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, kind: str
+) -> None:
+    rng = random.Random(0)
+    words = ["one", "two", "three", "four", "five", "six", "seven"]
+    text = {
+        "words": " ".join(rng.choices(words, k=6000)),
+        "lines": "".join(" ".join(rng.choices(words, k=9)) + "\n" for _ in range(800)),
+        "no spaces": "".join(rng.choices("的一是不了人我在有他这中大来上国", k=30_000)),
+    }[kind]
+    tokenizer = MAKERS[name]()
+    special = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(
+        vocab_size=700, special_tokens=special, show_progress=False, max_token_length=9
+    )
+    tokenizer.train_from_iterator([text[:4000]], trainer)
+    state = json.loads(tokenizer.to_str())
+    state["added_tokens"] = [t for t in state["added_tokens"] if "0x" not in t["content"]]
+    (tmp_path / "t.json").write_text(json.dumps(state))
+    (tmp_path / "in.txt").write_text(text)
+    monkeypatch.setattr(sources, "PIECE_CHARS", 2500)
+    monkeypatch.setattr(sources, "CONTEXT_CHARS", 200)
+    run(tmp_path / "out", tmp_path / "in.txt", tokenizer=str(tmp_path / "t.json"))
+    dataset = open_dataset(tmp_path / "out", "train")
+    whole = Tokenizer.from_file(str(tmp_path / "t.json")).encode(text, add_special_tokens=False)
+    assert dataset.read(0, dataset.n_tokens - 1).tolist() == whole.ids
