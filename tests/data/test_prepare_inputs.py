@@ -76,7 +76,7 @@ def zipped(members: dict[str, bytes]) -> bytes:
     [[1], [1, 1], [1, 1, 1], [1] * 5, [1, 100], [1] * 30, [1] * 40 + [400]],
     ids=["one", "two", "three", "five", "small-and-large", "thirty", "many-and-large"],
 )
-def test_the_promised_share_of_bytes_is_held_out_whatever_the_sizes_of_documents(
+def test_R34_the_promised_share_of_bytes_is_held_out_whatever_the_sizes_of_documents(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes: list[int], fraction: float, kind: str
 ) -> None:
     monkeypatch.setattr(sources, "SMALL_BYTES", 200_000)
