@@ -19,6 +19,7 @@ from fasttrain.data.prepare import build
 from fasttrain.data.prepare import inputs as inputs_module
 from fasttrain.data.prepare.build import merge
 from fasttrain.data.prepare.inputs import find_files
+from fasttrain.data.prepare.sources import Source
 from fasttrain.prepare import main, prepare
 from tests.support.faulty_server import (
     FAULTS,
@@ -312,6 +313,40 @@ def test_a_file_that_is_not_as_empty_as_was_said_is_an_error(
         make(tmp_path / "out", f"{web.url}/five.md")
 
 
+def test_a_file_that_is_replaced_while_it_is_read_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "in/a.txt"
+    path.parent.mkdir()
+    path.write_text("one line\n" * 50_000)
+    with serving(folder_upstream(tmp_path / "in")) as server:
+        source = Source(find_files([f"{server.url}/a.txt"]).files)
+        assert len(list(source.documents())) == 1
+        reading = source.documents()
+        pieces = next(reading).pieces()
+        next(pieces)
+        path.write_text("two line\n" * 50_000)
+        os.utime(path, (1, 1))
+        list(pieces)
+        with pytest.raises(DataError, match=r"a\.txt: changed while it was read"):
+            next(reading)
+
+
+def test_files_are_recognised_by_what_they_hold_and_hidden_ones_left_out(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    (folder / ".git").mkdir(parents=True)
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts(20, 4))
+    (folder / "a.json").write_text(lines)
+    (folder / "b").write_bytes(gzip.compress(lines.encode()))
+    (folder / "c.txt").write_bytes("a plain text é\n".encode("utf-16"))
+    for name in (".git/d.txt", ".e.txt"):
+        (folder / name).write_text("hidden")
+    make(tmp_path / "local", folder)
+    with serving(folder_upstream(folder)) as server:
+        notes = make(tmp_path / "remote", f"{server.url}/")
+    assert notes[0].startswith("Found 3 files (")
+    assert "2 hidden: .e.txt, .git" in notes[0]
+    assert content(tmp_path / "local") == content(tmp_path / "remote")
+
+
 @pytest.mark.parametrize(
     ("kind", "pattern"), [("http", ""), ("http", "**/*.jsonl"), ("http", "*/*.*"), ("s3", "**/*.*")]
 )
@@ -456,6 +491,7 @@ READ = """
 import re, sys
 from pathlib import Path
 from fasttrain.data.prepare.inputs import find_files
+from fasttrain.data.prepare.sources import Source
 from fasttrain.data.prepare.sources import Source
 files, _ = find_files(sys.argv[1:])
 n = sum(len(piece) for document in Source(files).documents() for piece in document.pieces())
