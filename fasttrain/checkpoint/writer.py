@@ -365,6 +365,12 @@ class Snapshot:
             exempt = f"{group}.{name}" in unchecked
             if exempt or not view.is_floating_point() or not view.numel():
                 continue
+            if str(view.dtype).endswith(
+                "fnuz"
+            ):  # no infinities, and the bits of −0 are its only NaN
+                if bool((view.flatten().view(torch.uint8).numpy() == 0x80).any()):
+                    return name
+                continue
             raw, size = view.flatten().view(torch.uint8).numpy(), view.element_size()
             largest = torch.finfo(view.dtype).max
             last = torch.tensor([largest], dtype=torch.float64, device="cpu").to(view.dtype)
