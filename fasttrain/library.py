@@ -399,7 +399,9 @@ class Trainer:
         self._unchecked = {
             f"model.{plain_name(name)}"
             for name, buffer in model.named_buffers()
-            if buffer.is_floating_point() and not buffer.is_meta and bool(buffer.isinf().any())
+            if buffer.is_floating_point()
+            and not buffer.is_meta
+            and bool(buffer.float().isinf().any())
         }
         if self.writer is not None:  # what cannot be saved is refused now
             groups, _ = self._snapshot()
