@@ -777,9 +777,9 @@ class Trainer:
             ignored = self.objective.ignore_index
             warnings.warn(
                 f"Trainer: step {step} had no target, so that it was skipped: all of its labels "
-                f"(or target_ids) are {ignored}, the ignore_index, or padding. See that the loader "
-                f"sets labels to {ignored} for the prompt alone, and that no answer is cut off; "
-                "skipped_steps counts such steps",
+                f"(or target_ids) are {ignored}, the ignore_index, or padding, or of classes with "
+                f"weight 0. See that the loader sets labels to {ignored} for the prompt alone, and "
+                "that no answer is cut off; skipped_steps counts such steps",
                 stacklevel=2,
             )
 

@@ -119,8 +119,8 @@ def crash_everywhere(
         if not faults.crashed:
             assert number > 20, "the faults were not injected"
             return
-        shutil.rmtree(folder.parent)
-        shutil.rmtree(folder.parent.with_name(f"{number}.grave"))
+        for rest in root.glob(f"{number}*"):
+            shutil.rmtree(rest)
 
 
 def check_after_crash(where: str, folder: Path, least: int) -> None:

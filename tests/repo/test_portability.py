@@ -63,7 +63,7 @@ def trainer(steps):
     matrices = [model.up.weight, model.head.weight]
     muon = kernels.Muon(matrices, lr=1e-2)
     config = TrainConfig(train=LoopConfig(steps=steps))
-    return fasttrain.Trainer(model, muon, config=config, run_dir="run")
+    return fasttrain.Trainer(model, muon, config=config, run_dir="run", quiet=True)
 
 trainer(4).train(batches)
 second = trainer(6)

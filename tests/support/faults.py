@@ -8,6 +8,7 @@ not been fsynced yet and can take it away again, as a disk would.
 
 import errno
 import os
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,11 +86,13 @@ class Faults:
         self._paths: dict[int, str] = {}  # of open descriptors
         self._names: list[_Change] = []
         self._data: dict[int, _Data] = {}  # by inode
-        self._grave = Path(f"{self.root}.grave")  # what an undo may need again
+        self._grave = Path()  # what an undo may need again
         self._buried = 0
 
     def __enter__(self) -> "Faults":
-        self._grave.mkdir(parents=True, exist_ok=True)
+        folder, name = os.path.split(self.root)
+        os.makedirs(folder, exist_ok=True)
+        self._grave = Path(tempfile.mkdtemp(prefix=f"{name}.grave-", dir=folder))
         for name in _NAMES:
             self._real[name] = getattr(os, name)
             setattr(os, name, getattr(self, f"_{name}"))

@@ -40,7 +40,7 @@ def config_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def lines(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What preflight prints."""
     printed: list[str] = []
-    monkeypatch.setattr(preflight_plan, "print", printed.append, raising=False)
+    monkeypatch.setattr(preflight_plan, "say", printed.append)
     return printed
 
 

@@ -33,7 +33,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
-from itertools import islice
 from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
 from typing import IO, Any, NamedTuple, cast
@@ -473,10 +472,9 @@ def told(left_out: LeftOut) -> str:
     """Return what was left out in words: how many for each reason, and some of their names."""
     parts = []
     for reason, names in left_out.items():
-        some = ", ".join(PurePosixPath(name).name for name in islice(names, 3)) + ", …" * (
-            len(names) > 3
-        )
-        parts.append(f"{len(names):,} {reason}: {some}")
+        first = [PurePosixPath(name).name for name in sorted(names)[:3]]
+        first += ["…"] if len(names) > 3 else []
+        parts.append(f"{len(names):,} {reason}: {', '.join(first)}")
     return "; ".join(parts)
 
 

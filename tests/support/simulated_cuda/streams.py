@@ -127,7 +127,8 @@ def test_C14_a_capture_pins_nothing_and_has_numbers_of_its_own() -> None:
         optimizer.step()
 
     step()
-    (members, _), *_ = optimizer._plan.triton._classes
+    (made,) = optimizer._plan.rounds
+    (members, _), *_ = made.triton._classes
     before = members.hyper.tensor.clone()
     optimizer.param_groups[0].update(lr=0.01, betas=(0.8, 0.9))
     with capturing():
