@@ -21,7 +21,6 @@ All arithmetic is in fp32; the gradient is rounded once, when it is stored. Row 
 from ._triton import tl, triton
 
 LOG2E = tl.constexpr(1.4426950408889634)
-LOWEST = tl.constexpr(-2.0e38)  # of a lane without logits: times LOG2E it is still finite
 NO_COLUMN = tl.constexpr(2147483647)
 NAN_COLUMN = tl.constexpr(-(2**30))  # is added to the column of a NaN, which torch's argmax prefers
 
@@ -56,6 +55,12 @@ def _or_nan(x, cols, best):
 
 
 @triton.jit
+def _finite(peak):
+    """The maximum, or 0 where all logits so far are −inf: from −inf it cannot be subtracted."""
+    return tl.where(peak == -float("inf"), 0.0, peak)
+
+
+@triton.jit
 def _accumulate(
     x, cols, lane_max, lane_sum, lane_best, ALIGN: tl.constexpr, HAS_CORRECT: tl.constexpr
 ):
@@ -65,8 +70,9 @@ def _accumulate(
     """
     x = tl.reshape(x, (x.shape[0] // ALIGN, ALIGN))
     peak = tl.maximum(lane_max, tl.max(x, axis=1))
-    lane_sum *= tl.exp2((peak - lane_max) * -LOG2E)
-    lane_sum += tl.sum(tl.exp2((x - peak[:, None]) * LOG2E), axis=1)
+    shift = _finite(peak)
+    lane_sum *= tl.exp2((shift - lane_max) * -LOG2E)
+    lane_sum += tl.sum(tl.exp2((x - shift[:, None]) * LOG2E), axis=1)
     if HAS_CORRECT:
         cols = tl.reshape(cols, x.shape)
         best = _or_nan(x, cols, tl.where(x == peak[:, None], cols, NO_COLUMN))
@@ -78,7 +84,7 @@ def _accumulate(
 @triton.jit
 def _over_lanes(lane_max, lane_sum, lane_best, peak):
     """Sum of exp(x − peak) and first column of the peak."""
-    total = tl.sum(lane_sum * tl.exp2((lane_max - peak) * LOG2E), axis=0)
+    total = tl.sum(lane_sum * tl.exp2((lane_max - _finite(peak)) * LOG2E), axis=0)
     candidates = (lane_max == peak) | (lane_best < NAN_COLUMN // 2)
     return total, tl.min(tl.where(candidates, lane_best, NO_COLUMN), axis=0)
 
@@ -179,7 +185,7 @@ def cross_entropy_kernel(
 
     weighted_sum = 0.0
     if COMPUTE_LOSS and not SINGLE_PASS:
-        lane_max = tl.full([BLOCK_N // ALIGN], LOWEST, tl.float32)
+        lane_max = tl.full([BLOCK_N // ALIGN], -float("inf"), tl.float32)
         lane_sum = tl.zeros([BLOCK_N // ALIGN], tl.float32)
         lane_best = tl.full([BLOCK_N // ALIGN], NO_COLUMN, tl.int32)
         weighted = tl.zeros([BLOCK_N], tl.float32)
@@ -196,7 +202,7 @@ def cross_entropy_kernel(
     x_rest = _load_logits(x_ptr, rest_cols, rest_mask, softcap, HAS_SOFTCAP, "evict_first")
     if COMPUTE_LOSS:
         rest_max, rest_sum, rest_best = _accumulate(
-            x_rest, rest_cols, LOWEST, 0.0, NO_COLUMN, ALIGN, HAS_CORRECT
+            x_rest, rest_cols, -float("inf"), 0.0, NO_COLUMN, ALIGN, HAS_CORRECT
         )
         peak = tl.max(rest_max, axis=0)
         if not SINGLE_PASS:
@@ -232,7 +238,6 @@ def cross_entropy_kernel(
         tl.store(lse_ptr + row, tl.where(peak == float("inf"), peak, lse))
         if HAS_CORRECT:
             best = tl.where(best < NAN_COLUMN // 2, best - NAN_COLUMN, best)
-            best = tl.where(best == NO_COLUMN, -head, best)  # all are −∞
             tl.store(correct_ptr + row, (best + head == target).to(tl.float32))
     else:
         lse = tl.load(lse_ptr + row)

@@ -8,9 +8,10 @@ The scale s makes one learning rate serve matrices of all shapes: ``match_adamw`
 and decay of AdamW carry over; ``spectral`` is √max(1, r / c).
 
 Matrices of a group with equal shapes are orthogonalised as one batch. On CUDA one launch before it
-brings momenta up to date and stacks the directions, one after it changes the weights: 14 and 10
-bytes an fp32 parameter with products in half precision, whatever clipping, decay and a flag to skip
-the step ask for. Their arithmetic is fp32; each number is rounded once, when it is stored.
+brings momenta up to date and stacks the directions, in fp32, since half precision has no room for
+what is not scaled yet; one after it changes the weights: 16 and 10 bytes an fp32 parameter with
+products in half precision, whatever clipping, decay and a flag to skip the step ask for. Their
+arithmetic is fp32; each number is rounded once, when it is stored.
 
 DTensor parameters sharded by rows (FSDP2) keep their momentum sharded; each matrix is gathered by
 one rank, orthogonalised there, and handed back in shards.
@@ -34,12 +35,23 @@ from ._multi_tensor import TensorTable, load_pointer, triton_dtype
 from ._optimizer import Plan, PlannedOptimizer, planned_step
 from ._triton import tl, triton
 from .grad_norm import local_tensor
-from .newton_schulz import Quintic, newton_schulz, products_dtype, quintics
+from .newton_schulz import (
+    Quintic,
+    largest_elements,
+    newton_schulz,
+    products_dtype,
+    quintics,
+    times_power_of_two,
+)
 
 MUON_SCALES = ("match_adamw", "spectral", "none")
 # torch.optim.Muon's adjust_lr_fn. It takes what it does not know, in a state, for no adjustment.
 _ADJUST_LR_FNS = {"match_adamw": "match_rms_adamw", "spectral": "original", "none": "none"}
 _TORCH_EPS = 1e-7  # torch.optim.Muon's default; `newton_schulz` needs none
+# Shards are scaled by powers of 2^8: bf16 holds their exponents, from -134 to 128 in fp64.
+_BITS = 8
+_OF_ZEROS = -256  # the exponent of a shard of zeros, below all others
+_HEADROOM = 15  # elements are at most 2^15: fp16 has most of its range below
 
 
 @triton.jit
@@ -144,9 +156,34 @@ def shard_group(param: Any) -> dist.ProcessGroup | None:
     return group
 
 
-def _stack_dtype(products: torch.dtype) -> torch.dtype:
-    """Return that of stacked directions: fp16 has no room for what is not scaled yet."""
-    return torch.bfloat16 if products is torch.float16 else products
+def _packed(shards: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return shards (n, local r, c) scaled, in ``dtype``, as rows that end in their exponents.
+
+    A shard is its row's other numbers times 2^(8 · exponent − 15).
+    """
+    n = len(shards)
+    packed = torch.empty(n, shards[0].numel() + 1, dtype=dtype, device=shards.device)
+    if shards[0].numel() == 0:
+        return packed.fill_(_OF_ZEROS)
+    largest = largest_elements(shards)
+    exponent = -(-torch.frexp(largest).exponent // _BITS)
+    exponent = exponent.clamp(-135, 128)  # what NaN or infinity have may be anything
+    scaled = times_power_of_two(shards, _HEADROOM - _BITS * exponent, dtype)
+    packed[:, :-1] = scaled.view(n, -1)
+    packed[:, -1:] = torch.where(largest == 0, _OF_ZEROS, exponent).view(n, 1)
+    return packed
+
+
+def _unpacked(parts: list[Tensor], cols: int) -> Tensor:
+    """Return matrices (n, r, c) of the shards that the ranks packed, up to a power of two each."""
+    exponent = torch.stack([part[:, -1] for part in parts])
+    less = (_BITS * (exponent - exponent.amax(0)).long()).clamp_min(-1000)
+    n = len(parts[0])
+    shards = [
+        times_power_of_two(part[:, :-1].view(n, -1, cols), e.view(n, 1, 1), part.dtype)
+        for part, e in zip(parts, less, strict=True)
+    ]
+    return torch.cat(shards, dim=1)
 
 
 class Batch:
@@ -156,7 +193,8 @@ class Batch:
     all-to-all brings every matrix together at its owner, a second one carries the rows of the
     orthogonalised matrix back. A rank sends and receives 2 · (its shards) numbers a step, in the
     dtype of the iteration's products, and does its share of the products; gathering everything
-    everywhere would take as many times more of both as there are ranks.
+    everywhere would take as many times more of both as there are ranks. Before it is rounded to
+    that dtype, a shard is scaled by a power of two, whose exponent travels with it.
     """
 
     def __init__(
@@ -194,21 +232,23 @@ class Batch:
         coefficients = self.group["coefficients"]
         if self.ranks is None:
             return newton_schulz(stacked, steps, coefficients, dtype=dtype)
-        world, stacked = len(self.bounds) - 1, stacked.to(_stack_dtype(dtype))
-        # Rank k owns every world-th matrix: slices, as a list of indices would be uploaded.
-        owned = [stacked[(k - self.first_owner) % world :: world] for k in range(world)]
+        world, local = len(self.bounds) - 1, stacked[0].numel()
         rows = [end - start for start, end in zip(self.bounds, self.bounds[1:], strict=False)]
-        mine = len(owned[self.rank])
-        parts = self._exchange(owned, [mine * r * cols for r in rows])
-        whole = torch.cat([p.view(mine, r, cols) for p, r in zip(parts, rows, strict=True)], dim=1)
+        packed = _packed(stacked, dtype)
+        # Rank k owns every world-th matrix: slices, as a list of indices would be uploaded.
+        owned = [slice((k - self.first_owner) % world, None, world) for k in range(world)]
+        mine = len(stacked[owned[self.rank]])
+        sizes = [mine * (r * cols + 1) for r in rows]
+        parts = self._exchange([packed[which] for which in owned], sizes)
+        whole = _unpacked([part.view(mine, -1) for part in parts], cols)
         whole = newton_schulz(whole, steps, coefficients, dtype=dtype)
-        local = rows[self.rank] * cols
         back = self._exchange(
-            list(torch.split(whole, rows, dim=1)), [len(part) * local for part in owned]
+            list(torch.split(whole, rows, dim=1)), [len(stacked[which]) * local for which in owned]
         )
-        for part, numbers in zip(owned, back, strict=True):
-            part.copy_(numbers.view_as(part))  # into `stacked`, which is this call's own
-        return stacked
+        out = torch.empty_like(stacked, dtype=dtype)
+        for which, numbers in zip(owned, back, strict=True):
+            out[which] = numbers.view_as(out[which])
+        return out
 
     def update(
         self, weights: list[Tensor], grads: list[Tensor], dtype: torch.dtype,
@@ -226,7 +266,7 @@ class Batch:
         flags = {"ALIGNED": not any(p % 16 for p in pointers)}
         flags["HAS_FOUND_INF"] = found_inf is not None
         stack = len(weights), *weights[0].shape
-        stacked = torch.empty(stack, dtype=_stack_dtype(dtype), device=device)
+        stacked = torch.empty(stack, dtype=torch.float32, device=device)
         clip, flag = (
             None if x is None else x.to(device, torch.float32, non_blocking=True)
             for x in (clip, found_inf)

@@ -229,6 +229,12 @@ def _tighten(gram: Tensor, b: float, c: float) -> tuple[Tensor, Tensor, Tensor]:
     return gram, _scaled(gram2, inverse.pow(4) * c).add_(gram, alpha=b), inverse
 
 
+def largest_elements(x: Tensor) -> Tensor:
+    """Return the largest absolute value of each matrix (n, r, c), as (n, 1, 1), in fp32 or fp64."""
+    largest = torch.linalg.vector_norm(x, math.inf, dim=(-2, -1), keepdim=True)
+    return largest if largest.dtype is torch.float64 else largest.float()
+
+
 def _of_unit_size(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Return each matrix (n, r, c) times a power of two, its largest element in [½, 1), rounded.
 
@@ -238,19 +244,22 @@ def _of_unit_size(x: Tensor, dtype: torch.dtype) -> Tensor:
         # The host reads the largest elements; to find them in one pass takes torch ten times as
         # long.
         ends = zip(x.amax((-2, -1)).tolist(), x.amin((-2, -1)).tolist(), strict=True)
-        exponents = [math.frexp(max(high, -low))[1] for high, low in ends]
-        if all(-126 < e < 127 for e in exponents):  # torch computes with fp64 factors slowly
-            factors = torch.tensor([2.0**-e for e in exponents], dtype=torch.float32, device="cpu")
+        found = [math.frexp(max(high, -low))[1] for high, low in ends]
+        if all(-126 < e < 127 for e in found):  # torch computes with fp64 factors slowly
+            factors = torch.tensor([2.0**-e for e in found], dtype=torch.float32, device="cpu")
             return _scaled(x, factors.view(-1, 1, 1), dtype)
-        exponent = torch.tensor(exponents, device="cpu").view(-1, 1, 1)
+        exponent = torch.tensor(found, device="cpu").view(-1, 1, 1)
     else:
-        largest = torch.linalg.vector_norm(x, math.inf, dim=(-2, -1), keepdim=True)
-        wide = largest if largest.dtype is torch.float64 else largest.float()
-        exponent = torch.frexp(wide).exponent
-    if x.dtype is torch.float64:  # 2^-e may overflow: in two steps
+        exponent = torch.frexp(largest_elements(x)).exponent
+    return times_power_of_two(x, -exponent, dtype)
+
+
+def times_power_of_two(x: Tensor, exponent: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return x times 2^exponent, which may lie outside the range of its dtype, rounded once."""
+    if x.dtype is torch.float64:  # 2^e may overflow: in two steps
         half = exponent // 2
-        return _scaled(_scaled(x, _power_of_two(-half)), _power_of_two(half - exponent), dtype)
-    return _scaled(x, _power_of_two(-exponent), dtype)
+        return _scaled(_scaled(x, _power_of_two(half)), _power_of_two(exponent - half), dtype)
+    return _scaled(x, _power_of_two(exponent), dtype)
 
 
 def _power_of_two(exponent: Tensor) -> Tensor:

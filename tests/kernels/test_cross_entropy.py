@@ -185,6 +185,23 @@ def test_infinite_logits(device):
     assert leaf.grad[0, 4:].abs().sum() == 0
 
 
+# In the interpreter numpy warns of it; a difference of −3.4e38 is −inf in base 2, and right so.
+@pytest.mark.filterwarnings("ignore:overflow encountered in multiply")
+@pytest.mark.parametrize("n_cols", [3, 50, 5000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_of_the_lowest_numbers_is_as_any_row_of_equal_logits(device, dtype, n_cols):
+    """As masks leave it that write finfo.min for a forbidden class, where all are forbidden."""
+    logits = torch.full((2, n_cols), torch.finfo(dtype).min, dtype=dtype)
+    logits[1, 0] = 0.0
+    leaf = logits.to(device).requires_grad_()
+    losses = cross_entropy(leaf, torch.tensor([1, 0], device=device), reduction="none")
+    losses.sum().backward()
+    expected = torch.tensor([float(n_cols), 1.0]).log()
+    torch.testing.assert_close(losses.detach().cpu().float(), expected)
+    assert leaf.grad.isfinite().all()  # log V is lost beside the first row's logits, in its lse
+    assert not leaf.grad[1].any()
+
+
 def test_far_target_and_large_logits(device):
     logits = torch.zeros(3, 50)
     logits[0, 1], logits[1, 1], logits[2, 1] = 300.0, 3e4, 30.0

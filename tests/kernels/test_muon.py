@@ -381,9 +381,9 @@ def test_S5_shards_go_through_the_kernels(
 def test_S5_a_step_moves_few_bytes_and_does_not_wait(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
-    """40 bytes a parameter outside the products in half precision, with shapes as of GPT-2.
+    """43 bytes a parameter outside the products in half precision, with shapes as of GPT-2.
 
-    What the two kernels move, 14 and 10 bytes, test_bytes counts; here they do not run.
+    What the two kernels move, 16 and 10 bytes, test_bytes counts; here they do not run.
     """
 
     class Counting(TorchDispatchMode):
@@ -419,7 +419,7 @@ def test_S5_a_step_moves_few_bytes_and_does_not_wait(
             with mode:
                 optimizer.step(clip_coefficient=torch.tensor(0.5), found_inf=torch.tensor(0.0))
     assert len(launched) == 2 * 4  # before and after each shape
-    assert 14 + 10 + mode.moved / sum(p.numel() for p in params) <= 40
+    assert 16 + 10 + mode.moved / sum(p.numel() for p in params) <= 43
     assert mode.calls <= 26 * 4  # of a shape, small numbers included
 
 

@@ -100,6 +100,11 @@ def test_a_device_that_the_host_does_not_read_scales_alike(
     assert not got[4].any()
 
 
+def of_unit_size(g: Tensor) -> Tensor:
+    """Return the matrix times the power of two that brings its largest element to [½, 1)."""
+    return torch.ldexp(g.double(), -torch.frexp(g.double().abs().max()).exponent).to(g.dtype)
+
+
 def update(
     g: Tensor, products: torch.dtype | None, *, triton: bool = False, **options: Any
 ) -> Tensor:
@@ -119,43 +124,77 @@ def update(
 @given(
     products=st.sampled_from([None, *PRODUCTS]),
     shape=st.sampled_from(SHAPES),
-    exponent=st.integers(-37, HUGE - 1),
+    exponent=st.integers(TINY, HUGE - 1),
     seed=st.integers(0, 9),
 )
 def test_an_update_of_muon_does_not_depend_on_the_scale_of_the_gradient(
     products: torch.dtype | None, shape: tuple[int, int], exponent: int, seed: int
 ) -> None:
-    g = matrix(shape, min(shape), seed).float()
-    factor = 2.0 ** round(exponent * math.log2(10))
-    got = update(g * factor, products)
-    torch.testing.assert_close(got, update(g, products), rtol=0, atol=1e-6)
+    g = (matrix(shape, min(shape), seed) * 10.0**exponent).float()
+    got = update(g, products)
+    torch.testing.assert_close(got, update(of_unit_size(g), products), rtol=0, atol=1e-6)
+
+
+EXPONENTS = [-147, -140, -128, -60, 60, 120]  # of 2; fp32's subnormal numbers begin at -149
 
 
 @pytest.mark.parametrize("products", PRODUCTS)
-@pytest.mark.parametrize("exponent", [-100, -60, 60, 100])
+@pytest.mark.parametrize("exponent", EXPONENTS)
 def test_an_update_by_the_kernels_does_not_depend_on_the_scale_of_the_gradient(
     products: torch.dtype, exponent: int, triton_device: torch.device
 ) -> None:
-    g = matrix((16, 24), 24, 0).float().to(triton_device)
-    got = update(g * 2.0**exponent, products, triton=True)
-    assert torch.equal(got, update(g, products, triton=True))
+    g = (matrix((16, 24), 24, 0) * 2.0**exponent).float().to(triton_device)
+    got = update(g, products, triton=True)
+    assert got.any()
+    assert torch.equal(got, update(of_unit_size(g), products, triton=True))
 
 
 @pytest.mark.parametrize("products", PRODUCTS)
-@pytest.mark.parametrize("exponent", [-100, -60, 60, 100])
+@pytest.mark.parametrize("exponent", EXPONENTS)
 def test_a_sharded_direction_does_not_depend_on_its_scale(
     products: torch.dtype, exponent: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     be_one_of_one_rank(monkeypatch)
     module = importlib.import_module("fasttrain_kernels.muon")
-    directions = torch.stack([matrix((8, 12), 8, seed).float() for seed in range(3)])
-    scales = torch.tensor([1.0, 2.0**exponent, 0.0]).view(-1, 1, 1)
+    tiny = (matrix((8, 12), 8, 1) * 2.0**exponent).float()
+    plain = matrix((8, 12), 8, 0).float()
     group = {"ns_steps": 5, "coefficients": "polar_express"}
     batch = module.Batch(group, 1.0, (8, 12), object(), 1)
-    expected = batch.orthogonalise(directions.clone(), products)
-    got = batch.orthogonalise(directions * scales, products)
+    expected = batch.orthogonalise(torch.stack([plain, of_unit_size(tiny), plain]), products)
+    got = batch.orthogonalise(torch.stack([plain, tiny, 0 * plain]), products)
     assert torch.equal(got[:2], expected[:2])
     assert not got[2].any()
+
+
+@settings(max_examples=60)
+@given(
+    products=st.sampled_from(PRODUCTS),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    exponents=st.lists(st.integers(-150, 125), min_size=1, max_size=4),
+    seed=st.integers(0, 9),
+)
+def test_shards_that_differ_in_scale_make_the_matrix_that_they_are_parts_of(
+    products: torch.dtype, dtype: torch.dtype, exponents: list[int], seed: int
+) -> None:
+    """Rows of ranks are packed each at a scale of its own; the largest says that of the matrix."""
+    module = importlib.import_module("fasttrain_kernels.muon")
+    rows = [
+        (matrix((2, 6), 2, seed + k) * 2.0**e).to(dtype)[None] for k, e in enumerate(exponents)
+    ]
+    rows.append(torch.empty(1, 0, 6, dtype=dtype))  # of a rank that has none
+    rows.append(torch.zeros(1, 1, 6, dtype=dtype))
+    whole = torch.cat(rows, dim=1)
+    got = module._unpacked([module._packed(shard, products) for shard in rows], 6)
+    assert (got.dtype, got.shape) == (products, whole.shape)
+    if not whole.any():
+        assert not got.any()
+        return
+    torch.testing.assert_close(
+        of_unit_size(got.double()),
+        of_unit_size(whole.double()),
+        rtol=2 * torch.finfo(products).eps,
+        atol=1e-6,
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -165,6 +165,17 @@ def test_no_bit_depends_on_the_number_of_threads(wrap: Any) -> None:
 
 @needs_it
 @pytest.mark.parametrize("mlp", ["gelu", "relu2", "swiglu"])
+def test_a_hidden_feature_that_is_nan_is_not_activated_to_zero(mlp: str) -> None:
+    blocks, arguments, _ = blocks_of(1, 32, mlp=mlp)
+    matrix = next(p for name, p in blocks.named_parameters() if ".mlp." in name and p.ndim == 2)
+    with torch.no_grad():
+        matrix[3] = torch.nan  # a row of the first product: a feature
+    for run in (run_blocks, run_blocks_on_cpu):
+        assert run(blocks, *arguments).isnan().all()
+
+
+@needs_it
+@pytest.mark.parametrize("mlp", ["gelu", "relu2", "swiglu"])
 def test_what_is_not_finite_is_not_hidden(mlp: str) -> None:
     """In the second row alone, which the first does not see."""
     blocks, arguments, _ = blocks_of(2, 32, mlp=mlp)

@@ -110,7 +110,7 @@ static const long STRIP = 64;  // hidden columns that are activated while they a
 template <int MLP>
 static inline Lanes activation(Lanes x, Lanes factor, Lanes* dx, Lanes* dfactor) {
   if (MLP == RELU2) {
-    const Lanes positive = larger(x, Lanes{});
+    const Lanes positive = larger(Lanes{}, x);  // NaN where x is NaN
     *dx = 2 * positive;
     return positive * positive;
   }
