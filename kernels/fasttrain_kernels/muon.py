@@ -43,6 +43,7 @@ from .newton_schulz import (
     quintics,
     times_power_of_two,
 )
+from .symmetric import add_scaled_
 
 MUON_SCALES = ("match_adamw", "spectral", "none")
 # torch.optim.Muon's adjust_lr_fn. It takes what it does not know, in a state, for no adjustment.
@@ -313,9 +314,8 @@ class Batch:
         lr = float(self.group["lr"])
         if decay != 0:
             torch._foreach_mul_(weights, 1 - lr * decay)
-        torch._foreach_add_(
-            weights, [x.mT if turn else x for x, turn in pairs], alpha=-lr * self.scale
-        )
+        for weight, (change, turn) in zip(weights, pairs, strict=True):
+            add_scaled_(weight, change.mT if turn else change, -lr * self.scale)
 
 
 def _is_for_triton(weight: Tensor) -> bool:

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from ._dispatch import is_traced, use_triton
 from ._torch import native_bf16
-from .symmetric import symmetric_product
+from .symmetric import add_scaled_, symmetric_product
 
 Quintic = tuple[float, float, float]
 
@@ -226,7 +226,7 @@ def _tighten(gram: Tensor, b: float, c: float) -> tuple[Tensor, Tensor, Tensor]:
     # X has been scaled: the norm is at least 1/16, in fp16 1/√r, unless it is zero.
     inverse = norm.clamp_min(_LEAST_NORM).pow(-0.25) / _SAFETY
     gram = _scaled(gram, inverse.square())
-    return gram, _scaled(gram2, inverse.pow(4) * c).add_(gram, alpha=b), inverse
+    return gram, add_scaled_(_scaled(gram2, inverse.pow(4) * c), gram, b), inverse
 
 
 def largest_elements(x: Tensor) -> Tensor:

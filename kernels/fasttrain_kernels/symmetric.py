@@ -154,7 +154,18 @@ def symmetric_product(
         out[:, end:, start:end] = block[:, :, end - start :].mT
     if alpha != 1.0:
         out.mul_(alpha)
-    return out if add is None else out.add_(add, alpha=beta)
+    return out if add is None else add_scaled_(out, add, beta)
+
+
+def add_scaled_(x: Tensor, y: Tensor, alpha: float) -> Tensor:
+    """Add α y to x in place, with the same bits for any number of CPU threads.
+
+    At the end of what a thread does, ATen rounds α y to half precision before it adds; elsewhere it
+    does not.
+    """
+    if x.is_cpu and not use_triton(x) and x.dtype in (torch.bfloat16, torch.float16):
+        return x.copy_(torch.add(x.float(), y.float(), alpha=alpha))
+    return x.add_(y, alpha=alpha)
 
 
 @torch.no_grad()

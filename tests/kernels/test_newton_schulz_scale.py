@@ -178,9 +178,7 @@ def test_shards_that_differ_in_scale_make_the_matrix_that_they_are_parts_of(
 ) -> None:
     """Rows of ranks are packed each at a scale of its own; the largest says that of the matrix."""
     module = importlib.import_module("fasttrain_kernels.muon")
-    rows = [
-        (matrix((2, 6), 2, seed + k) * 2.0**e).to(dtype)[None] for k, e in enumerate(exponents)
-    ]
+    rows = [(matrix((2, 6), 2, seed + k) * 2.0**e).to(dtype)[None] for k, e in enumerate(exponents)]
     rows.append(torch.empty(1, 0, 6, dtype=dtype))  # of a rank that has none
     rows.append(torch.zeros(1, 1, 6, dtype=dtype))
     whole = torch.cat(rows, dim=1)
