@@ -55,7 +55,13 @@ from fasttrain.log.sinks import Kind, Sinks, check_packages
 from fasttrain.model.transformer import Transformer
 from fasttrain.objective import Criterion, Objective, together, without_compiler
 from fasttrain.printing import say
-from fasttrain.run.folder import holds_run, lock_run_dir, logged_bytes, next_run_dir
+from fasttrain.run.folder import (
+    holds_run,
+    lock_run_dir,
+    logged_bytes,
+    newer_checkpoint,
+    next_run_dir,
+)
 from fasttrain.run.provenance import provenance
 from fasttrain.run.resume import made_otherwise
 
@@ -289,7 +295,8 @@ class Trainer:
             ``[schedule]``. None, and a dict without a horizon: one epoch.
         run_dir: where metrics and checkpoints go; None: nowhere. It is used by one trainer at a
             time. Where it holds an earlier run when training begins, and `load_checkpoint` was not
-            called, this run goes to the next free folder: ``own-2`` after ``own``. The attribute
+            called, this run goes to the next free folder: ``own-2`` after ``own``. So does one that
+            goes on from a checkpoint of it that is not its newest: a branch. The attribute
             ``run_dir`` is then that folder.
         accumulate: batches of a step, on each rank.
         metrics: further numbers of an evaluation: (logits (N, V), targets (N,)) → mean, given only
@@ -381,6 +388,7 @@ class Trainer:
         self._n_tokens = 0  # of this training
         self._n_logged = 0  # of them, in the steps up to the last line
         self._left_bytes: int | None = None  # of rows, as this trainer left or found its own run
+        self._branches_off: Path | None = None  # the checkpoint that was loaded, if not the newest
         self._loader: Any = None
         self._loader_facts: dict[str, str] = {}
         self._random = states.generators(self.device)
@@ -540,13 +548,18 @@ class Trainer:
         """Have metrics and checkpoints go to ``run_dir``; say so where that is another folder."""
         if run_dir == self.run_dir:
             return
-        if self._console is not None:
+        if self._console is not None and self._branches_off is not None:
+            self._console.note(
+                f"{self._branches_off} is not the newest checkpoint of {self.run_dir}: what "
+                f"follows is a branch, which goes to {run_dir}"
+            )
+        elif self._console is not None:
             saved = any((self.run_dir or run_dir).glob("checkpoints/*step-*"))
             go_on = " (load_checkpoint() before train() goes on with the earlier one)" * saved
             self._console.note(
                 f"{self.run_dir} holds an earlier run: this one goes to {run_dir}{go_on}"
             )
-        self.run_dir = run_dir
+        self.run_dir, self._branches_off = run_dir, None
         folder, keep_last = run_dir / "checkpoints", self.config.checkpoint.keep_last
         self.writer = CheckpointWriter(folder, keep_last=keep_last, world=self.world)
 
@@ -855,6 +868,9 @@ class Trainer:
     def load_checkpoint(self, path: str | Path | None = None) -> None:
         """Go on from a checkpoint: parameters, moments, schedule, place in the data, randomness.
 
+        After one of ``run_dir`` that is not its newest, what is trained goes to the next free
+        folder, ``own-2`` after ``own``, and the newer ones stay as they are.
+
         What draws random numbers until ``train`` is called changes nothing. The loader is compared
         there; what is refused here leaves all as it was.
 
@@ -907,9 +923,11 @@ class Trainer:
         self._loaded, self._loader_facts, self._epoch_random = place, loader_facts, epoch_random
         self._verdict, self._last_result, self.train_step.n_unread = None, {}, 0
         self._logged_at = (time.perf_counter(), self.step)
+        self._branches_off = None
         if self.run_dir and loaded.path.resolve().is_relative_to(self.run_dir.resolve()):
-            self._left_bytes = logged_bytes(self.run_dir)
-
+            is_newest = newer_checkpoint(self.run_dir, loaded.path) is None
+            self._left_bytes = logged_bytes(self.run_dir) if is_newest else None
+            self._branches_off = None if is_newest else loaded.path
 
 def train_loop(
     model: nn.Module,

@@ -144,7 +144,7 @@ class RunFolder:
                 write_record(path, kept)
         elif resume and origin is None and self.mirror and not (restarted or self.overwrites):
             self.mirror.fetch()
-            if source is not None and (newer := _newer(path, source)):
+            if source is not None and (newer := newer_checkpoint(path, source)):
                 raise UserError(
                     f"--resume {resume}: {self.mirror.shown} held a newer checkpoint, which is now "
                     f"{newer}; continue it with --resume auto, or branch off with another run.name"
@@ -190,7 +190,7 @@ class RunFolder:
         if not moves and not is_checkpoint:
             return run_dir, None, None  # its newest one, once the folder is locked
         source = checkpoint.resolve(named, report=warn)
-        if not moves and (self.overwrites or not _newer(run_dir, source)):
+        if not moves and (self.overwrites or not newer_checkpoint(run_dir, source)):
             return run_dir, source, None
         return self._branch_dir(config, run_dir, name), None, source
 
@@ -331,7 +331,7 @@ def newest_run_dir(
     return new_run_dir(config, name, config_path)
 
 
-def _newer(run_dir: Path, source: Path) -> Path | None:
+def newer_checkpoint(run_dir: Path, source: Path) -> Path | None:
     """Return a checkpoint of a run that is intact and newer than ``source``; None: it is newest."""
     for path in disk.candidates(run_dir):
         if path.name == source.name:

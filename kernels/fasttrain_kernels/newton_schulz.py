@@ -231,7 +231,7 @@ def _tighten(gram: Tensor, b: float, c: float) -> tuple[Tensor, Tensor, Tensor]:
 
 def largest_elements(x: Tensor) -> Tensor:
     """Return the largest absolute value of each matrix (n, r, c), as (n, 1, 1), in fp32 or fp64."""
-    largest = torch.linalg.vector_norm(x, math.inf, dim=(-2, -1), keepdim=True)
+    largest: Tensor = torch.linalg.vector_norm(x, math.inf, dim=(-2, -1), keepdim=True)
     return largest if largest.dtype is torch.float64 else largest.float()
 
 

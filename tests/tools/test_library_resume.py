@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
 from fasttrain import Trainer
 from fasttrain.config import UserError, config_to_toml
 from fasttrain.library_state import decode, encode
+from fasttrain.report import read_run
 from fasttrain.run.folder import lock_run_dir
 
 V, T = 13, 5
@@ -604,6 +605,43 @@ def test_a_rerun_takes_the_next_free_folder_and_says_so_in_one_line(
     trainer.load_checkpoint()
     assert trainer.run_dir == tmp_path / "own-3"
     assert not (tmp_path / "own-4").exists()
+
+
+def test_R35_training_from_an_older_checkpoint_goes_to_a_folder_of_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = {"train": {"steps": 4}, "checkpoint": {"every_steps": 1, "keep_last": 9}}
+    made(tmp_path / "own", **config).train([rows(4)] * 4)
+    checkpoints = tmp_path / "own/checkpoints"
+    before = {path: path.read_bytes() for path in checkpoints.rglob("*") if path.is_file()}
+    older = checkpoints / "step-00000002"
+
+    trainer = made(tmp_path / "own", **config)
+    trainer.load_checkpoint(older)
+    trainer.train([rows(4)] * 4)
+    assert (trainer.step, trainer.run_dir) == (4, tmp_path / "own-2")
+    assert f"{older} is not the newest checkpoint of {tmp_path}/own" in capsys.readouterr().out
+    assert {p: p.read_bytes() for p in checkpoints.rglob("*") if p.is_file()} == before
+    names = {path.name for path in (tmp_path / "own-2/checkpoints").glob("step-*")}
+    assert names == {"step-00000003", "step-00000004"}
+    assert read_run(tmp_path / "own-2").parent == "own at step 2"
+
+    trainer.load_checkpoint(tmp_path / "own-2/checkpoints/step-00000003")
+    trainer.train([rows(4)] * 4)
+    assert trainer.run_dir == tmp_path / "own-3"
+    trainer.load_checkpoint(tmp_path / "own-3/checkpoints/step-00000004")  # the newest: in place
+    trainer.save_checkpoint()
+    assert trainer.run_dir == tmp_path / "own-3"
+
+
+def test_a_newer_checkpoint_that_is_damaged_makes_no_branch(tmp_path: Path) -> None:
+    config = {"train": {"steps": 2}, "checkpoint": {"every_steps": 1, "keep_last": 9}}
+    made(tmp_path / "own", **config).train([rows(4)] * 2)
+    (tmp_path / "own/checkpoints/step-00000002/model.safetensors").write_bytes(b"damaged")
+    trainer = made(tmp_path / "own", **config)
+    trainer.load_checkpoint(tmp_path / "own/checkpoints/step-00000001")
+    trainer.train([rows(4)] * 2)
+    assert trainer.run_dir == tmp_path / "own"
 
 
 def test_a_training_that_failed_before_its_first_row_leaves_its_folder_to_the_next(
