@@ -929,6 +929,7 @@ class Trainer:
             self._left_bytes = logged_bytes(self.run_dir) if is_newest else None
             self._branches_off = None if is_newest else loaded.path
 
+
 def train_loop(
     model: nn.Module,
     train_dataloader: Iterable[Any],
