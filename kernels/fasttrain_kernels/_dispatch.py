@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from ._torch import is_batched, is_being_transformed, is_dispatch_observed
+from ._torch import is_batched, is_being_transformed, is_dispatch_observed, is_fake
 from ._triton import HAS_TRITON
 
 # The ops' namespace is the package's name: a vendored copy does not clash with the original.
@@ -58,6 +58,11 @@ def use_triton(tensor: torch.Tensor) -> bool:
             "pip install triton (Linux), or use CPU tensors outside triton_on_cpu()"
         )
     return wanted
+
+
+def launches_triton(tensor: torch.Tensor) -> bool:
+    """Return whether kernels are launched on the memory of ``tensor``; a fake one has none."""
+    return use_triton(tensor) and not is_fake(tensor)
 
 
 def autocasts(device_type: str) -> bool:

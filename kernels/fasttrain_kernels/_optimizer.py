@@ -16,11 +16,18 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ._dispatch import use_triton
-from ._torch import is_step_observed
+from ._torch import is_fake, is_step_observed
 
 # With it `use_triton` says whether CPU tensors take the Triton path now.
 _PROBE = torch.empty(0, dtype=torch.float32, device="cpu")
 _UNTRACED = "the optimizer updates parameters in kernels of its own; compile the model alone"
+
+
+def number_in(scalar: Tensor | None, default: float) -> float:
+    """Return what a 0-dim tensor holds; ``default`` if there is none, or no memory behind it."""
+    if scalar is None or scalar.is_meta or is_fake(scalar):
+        return default
+    return scalar.item()
 
 
 class Plan:

@@ -8,6 +8,7 @@ compatible.
 import inspect
 import os
 import sys
+from contextlib import nullcontext
 from datetime import timedelta
 from functools import cache
 from operator import attrgetter
@@ -113,11 +114,25 @@ def prefer_attention(backends: list[int]) -> None:
     _private("_C._set_sdp_priority_order", lambda _: None)(backends)
 
 
+def unobserved() -> Any:
+    """Return a context in which no mode sees or replaces operations. Unknown: without effect."""
+    from torch.utils import _python_dispatch
+
+    return getattr(_python_dispatch, "_disable_current_modes", nullcontext)()
+
+
 def fake_tensors() -> Any:
     """Return a context in which tensors have shapes and no memory."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def is_fake(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor is one of `fake_tensors`: a shape on a device. Unknown: False."""
+    module = sys.modules.get("torch._subclasses.fake_tensor")
+    kind = getattr(module, "FakeTensor", None)
+    return kind is not None and isinstance(tensor, kind)
 
 
 def fake_store() -> Any:

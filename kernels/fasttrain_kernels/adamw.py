@@ -27,9 +27,9 @@ import torch
 from torch import Tensor
 
 from ._adamw_kernels import adamw_kernel, advance_kernel
-from ._dispatch import use_triton
+from ._dispatch import launches_triton
 from ._multi_tensor import DeviceNumbers, TensorTable, capturing, keep_for_graph, triton_dtype
-from ._optimizer import Plan, PlannedOptimizer, planned_step
+from ._optimizer import Plan, PlannedOptimizer, number_in, planned_step
 from ._triton import triton
 from .cpu.optimizer import adamw, fits
 from .grad_norm import local_tensor
@@ -487,7 +487,7 @@ class FusedAdamW(PlannedOptimizer):
         sets: dict[tuple[torch.device, bool], list[int]] = {}
         for i in indices:
             local = local_tensor(params[i])
-            triton = use_triton(local) and not (local.is_cpu and local.dtype == torch.float64)
+            triton = launches_triton(local) and not (local.is_cpu and local.dtype == torch.float64)
             sets.setdefault((local.device, triton), []).append(i)
         entries: list[tuple[int, dict[str, Any], int]] = []
         batches: dict[tuple[int, torch.dtype, torch.device], Any] = {}
@@ -576,11 +576,9 @@ class FusedAdamW(PlannedOptimizer):
             seed = self._seed if self._rounding else None
             planned.triton.launch(params, grads, groups, scalars, seed)
         clip_coefficient, grad_scale, found_inf = scalars
-        if not planned.counters or (found_inf is not None and found_inf.item() != 0):
+        if not planned.counters or number_in(found_inf, 0.0) != 0:
             return
-        scale = 1.0 if clip_coefficient is None else clip_coefficient.item()
-        if grad_scale is not None:
-            scale /= grad_scale.item()
+        scale = number_in(clip_coefficient, 1.0) / number_in(grad_scale, 1.0)
         for counter in planned.counters:
             counter.add_(1)
         for number, indices, states in planned.native:

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ._dispatch import use_triton
+from ._dispatch import launches_triton
 from ._multi_tensor import (
     BLOCK,
     CHUNK,
@@ -208,7 +208,7 @@ def grad_norm(
                 f"grad_norm: all tensors must be on one device, got {device} and {tensor.device}; "
                 "call it once a device and combine the norms"
             )
-    run = _grad_norm_triton if use_triton(local[0]) else _grad_norm_torch
+    run = _grad_norm_triton if launches_triton(local[0]) else _grad_norm_torch
     result = run(local, max_norm)
     if group is None:
         return result

@@ -30,9 +30,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ._dispatch import use_triton
+from ._dispatch import launches_triton
 from ._multi_tensor import TensorTable, load_pointer, triton_dtype
-from ._optimizer import Plan, PlannedOptimizer, planned_step
+from ._optimizer import Plan, PlannedOptimizer, number_in, planned_step
 from ._triton import tl, triton
 from .grad_norm import local_tensor
 from .newton_schulz import (
@@ -319,7 +319,7 @@ class Batch:
 
 
 def _is_for_triton(weight: Tensor) -> bool:
-    return use_triton(weight) and weight.dtype != torch.float64
+    return launches_triton(weight) and weight.dtype != torch.float64
 
 
 class _Plan(Plan):
@@ -515,7 +515,7 @@ class Muon(PlannedOptimizer):
             if _is_for_triton(weights[0]):
                 batch.update(weights, here, dtype, clip_coefficient, found_inf)
                 torch.autograd.graph.increment_version([params[i] for i in batch.indices])
-            elif found_inf is None or found_inf.item() == 0:
+            elif number_in(found_inf, 0.0) == 0:
                 batch.update_in_torch(weights, here, dtype, clip_coefficient)
         return loss
 

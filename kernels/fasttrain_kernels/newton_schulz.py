@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from ._dispatch import is_traced, use_triton
-from ._torch import native_bf16
+from ._torch import native_bf16, unobserved
 from .symmetric import add_scaled_, symmetric_product
 
 Quintic = tuple[float, float, float]
@@ -69,8 +69,9 @@ def _optimal_quintic(lower: float, upper: float) -> Quintic:
         previous = error
         points = [lower, *inner, upper]
         rows = [[x, x**3, x**5, (-1.0) ** i] for i, x in enumerate(points)]
-        system = torch.tensor(rows, dtype=torch.float64, device="cpu")
-        a, b, c, error = torch.linalg.solve(system, torch.ones_like(system[0])).tolist()
+        with unobserved():  # numbers are needed also where tensors are fake
+            system = torch.tensor(rows, dtype=torch.float64, device="cpu")
+            a, b, c, error = torch.linalg.solve(system, torch.ones_like(system[0])).tolist()
         root = math.sqrt(9 * b * b - 20 * a * c)
         inner = [math.sqrt((-3 * b + sign * root) / (10 * c)) for sign in (-1, 1)]
     return a, b, c

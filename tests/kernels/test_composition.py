@@ -9,11 +9,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fasttrain_kernels import (
+    FusedAdamW,
+    Muon,
     RMSNorm,
     apply_rope,
     apply_rope_reference,
     cross_entropy,
     cross_entropy_reference,
+    grad_norm,
     linear_cross_entropy,
     linear_cross_entropy_reference,
     relu_squared,
@@ -23,9 +26,10 @@ from fasttrain_kernels import (
     swiglu,
     swiglu_reference,
     symmetric_matmul,
+    triton_on_cpu,
 )
 from fasttrain_kernels._torch import fake_tensors
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, grad_and_value, hessian, jacrev, jvp, vjp, vmap
 from torch.utils.checkpoint import checkpoint
@@ -412,3 +416,17 @@ def test_fake_tensors_give_shapes(device: torch.device, name: str) -> None:
         for leaf in leaves:
             assert leaf.grad.shape == leaf.shape
     assert y.shape == op(*inputs).shape
+
+
+@pytest.mark.parametrize("place", ["cpu", "triton"])
+@pytest.mark.parametrize("make", [FusedAdamW, Muon])
+def test_optimizers_step_on_fake_tensors(make: Any, place: str) -> None:
+    """As programs do that estimate the memory of a training without the device."""
+    with fake_tensors(), triton_on_cpu() if place == "triton" else contextlib.nullcontext():
+        param = nn.Parameter(torch.empty(16, 24))
+        param.grad = torch.empty_like(param)
+        optimizer = make([param], lr=0.1)
+        clip = grad_norm([param.grad], 1.0).clip_coefficient
+        optimizer.step(clip_coefficient=clip)
+        shapes = {value.shape for value in optimizer.state[param].values() if value.ndim}
+    assert shapes == {param.shape}

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._torch import is_being_transformed
+from .._torch import is_being_transformed, is_fake
 from . import computes_in, load_or_warn, pointers
 
 _SOURCES = ("product.h", "optimizer.cpp")
@@ -18,7 +18,7 @@ def fits(tensors: list[Tensor], *others: list[Tensor]) -> bool:
     """Return whether C++ takes them all, and is worth it for the elements of the first."""
     every = sum(others, tensors)
     return (
-        not (torch.compiler.is_compiling() or is_being_transformed())
+        not (torch.compiler.is_compiling() or is_being_transformed() or is_fake(tensors[0]))
         and computes_in(torch.float32)
         and all(t.dtype == torch.float32 and t.is_cpu and t.is_contiguous() for t in every)
         and sum(map(Tensor.numel, tensors)) >= _LEAST
