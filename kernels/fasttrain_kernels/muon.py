@@ -179,9 +179,8 @@ def _unpacked(parts: list[Tensor], cols: int) -> Tensor:
     """Return matrices (n, r, c) of the shards that the ranks packed, up to a power of two each."""
     exponent = torch.stack([part[:, -1] for part in parts])
     less = (_BITS * (exponent - exponent.amax(0)).long()).clamp_min(-1000)
-    n = len(parts[0])
     shards = [
-        times_power_of_two(part[:, :-1].view(n, -1, cols), e.view(n, 1, 1), part.dtype)
+        times_power_of_two(part[:, :-1].unflatten(1, (-1, cols)), e.view(-1, 1, 1), part.dtype)
         for part, e in zip(parts, less, strict=True)
     ]
     return torch.cat(shards, dim=1)
@@ -239,9 +238,10 @@ class Batch:
         # Rank k owns every world-th matrix: slices, as a list of indices would be uploaded.
         owned = [slice((k - self.first_owner) % world, None, world) for k in range(world)]
         mine = len(stacked[owned[self.rank]])
-        sizes = [mine * (r * cols + 1) for r in rows]
-        parts = self._exchange([packed[which] for which in owned], sizes)
-        whole = _unpacked([part.view(mine, -1) for part in parts], cols)
+        widths = [r * cols + 1 for r in rows]
+        parts = self._exchange([packed[which] for which in owned], [mine * w for w in widths])
+        shards = [part.view(mine, w) for part, w in zip(parts, widths, strict=True)]
+        whole = _unpacked(shards, cols)
         whole = newton_schulz(whole, steps, coefficients, dtype=dtype)
         back = self._exchange(
             list(torch.split(whole, rows, dim=1)), [len(stacked[which]) * local for which in owned]

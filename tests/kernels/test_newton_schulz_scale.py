@@ -166,6 +166,12 @@ def test_a_sharded_direction_does_not_depend_on_its_scale(
     assert not got[2].any()
 
 
+def test_a_rank_that_owns_no_matrix_unpacks_none() -> None:
+    module = importlib.import_module("fasttrain_kernels.muon")
+    parts = [torch.empty(0, 13), torch.empty(0, 7), torch.empty(0, 1)]  # of 2, 1 and no rows
+    assert module._unpacked(parts, 6).shape == (0, 3, 6)
+
+
 @settings(max_examples=60)
 @given(
     products=st.sampled_from(PRODUCTS),
