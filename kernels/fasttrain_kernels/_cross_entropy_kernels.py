@@ -21,6 +21,7 @@ All arithmetic is in fp32; the gradient is rounded once, when it is stored. Row 
 from ._triton import tl, triton
 
 LOG2E = tl.constexpr(1.4426950408889634)
+LOWEST = tl.constexpr(-3.4028234663852886e38)
 NO_COLUMN = tl.constexpr(2147483647)
 NAN_COLUMN = tl.constexpr(-(2**30))  # is added to the column of a NaN, which torch's argmax prefers
 
@@ -56,8 +57,8 @@ def _or_nan(x, cols, best):
 
 @triton.jit
 def _finite(peak):
-    """The maximum, or 0 where all logits so far are −inf: from −inf it cannot be subtracted."""
-    return tl.where(peak == -float("inf"), 0.0, peak)
+    """The maximum, or the lowest number if it is −inf, from which −inf cannot be subtracted."""
+    return tl.maximum(peak, LOWEST)
 
 
 @triton.jit
