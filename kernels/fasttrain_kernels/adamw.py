@@ -242,10 +242,9 @@ def update_staged(
     work = [t.to(dtype).contiguous() for t in stored]
     if "master" in state:
         work[0] = _taken_over(local_tensor(param.detach()), work[0], seed is not None)
-    gradient = local_tensor(grad).to(dtype, copy=True, memory_format=torch.contiguous_format)
+    gradients = _scaled([local_tensor(grad).to(dtype).contiguous()], scale)
     weight, first, second = ([t] for t in work)
-    arguments = _arguments(group, scale)
-    torch._fused_adamw_(weight, [gradient], first, second, [], [state["step"]], **arguments)
+    torch._fused_adamw_(weight, gradients, first, second, [], [state["step"]], **_arguments(group))
     if "master" in state:
         stored.append(local_tensor(param.detach()))
         work.append(work[0])
@@ -269,16 +268,19 @@ def _taken_over(param: Tensor, master: Tensor, is_stochastic: bool) -> Tensor:
     return torch.where(same, master, stored)
 
 
-def _arguments(group: dict[str, Any], scale: float) -> dict[str, Any]:
-    """Keyword arguments of torch's fused kernel."""
+def _arguments(group: dict[str, Any]) -> dict[str, Any]:
+    """Return the keyword arguments of torch's fused kernel."""
     beta1, beta2 = group["betas"]
     arguments: dict[str, Any] = {"lr": float(group["lr"]), "beta1": beta1, "beta2": beta2}
     arguments |= {"weight_decay": float(group["weight_decay"]), "eps": float(group["eps"])}
-    arguments |= {"amsgrad": False, "maximize": bool(group["maximize"])}
-    if scale != 1.0:
-        inverse = 1.0 / scale if scale else math.inf
-        arguments["grad_scale"] = torch.tensor(inverse, dtype=torch.float32, device="cpu")
-    return arguments
+    return arguments | {"amsgrad": False, "maximize": bool(group["maximize"])}
+
+
+def _scaled(grads: list[Tensor], scale: float) -> list[Tensor]:
+    """Return gradients times a scale; torch's fused kernel would write them over the originals."""
+    if scale == 1.0:
+        return grads
+    return list(torch._foreach_div(grads, 1.0 / scale if scale else math.inf))
 
 
 def round_stochastic_(target: Tensor, value: Tensor, *, seed: int) -> None:
@@ -588,7 +590,7 @@ class FusedAdamW(PlannedOptimizer):
             if fits(ours, theirs, first, second):
                 adamw(groups[number], scale, ours, theirs, first, second, steps)
                 continue
-            options = _arguments(groups[number], scale)
+            options, theirs = _arguments(groups[number]), _scaled(theirs, scale)
             torch._fused_adamw_(ours, theirs, first, second, [], steps, **options)
             torch.autograd.graph.increment_version(ours)
         for number, i, state in planned.staged:

@@ -33,6 +33,7 @@ from ._cross_entropy_kernels import cross_entropy_kernel
 from ._dispatch import (
     define_op,
     is_abstract,
+    is_traced,
     is_transformed,
     pull_back,
     use_triton,
@@ -449,6 +450,7 @@ class _InPlace(torch.autograd.Function):
             scale_unless_one_(grad, upstream)
         else:
             compute_cross_entropy(grad, targets, grad, options, lse=lse, upstream=upstream)
+            torch.autograd.graph.increment_version(logits)
         return (grad, *unused)
 
 
@@ -577,7 +579,7 @@ def cross_entropy(
     x = logits.reshape(-1, n_cols)
     reduce, needs_grad = reduction != "none", torch.is_grad_enabled() and logits.requires_grad
     compiling = torch.compiler.is_compiling()
-    if inplace and needs_grad and not compiling and logits.is_contiguous():
+    if inplace and needs_grad and not is_traced(x) and logits.is_contiguous():
         results = _InPlace.apply(x, flat_targets, options, reduce, return_accuracy)
     else:
         if n_cols > 1 and x.stride(1) != 1:

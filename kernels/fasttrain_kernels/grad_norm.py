@@ -97,7 +97,10 @@ def _grad_norm_torch(tensors: list[Tensor], max_norm: float) -> GradNorm:
         if whole < flat.numel() or not norms:
             rest = flat[whole:] if whole > 0 else flat
             norms.append(torch.linalg.vector_norm(rest, dtype=dtype).view(1))
-    return _finish(torch.cat(norms).double().square().sum().float().sqrt(), max_norm)
+    total = torch.cat(norms).double().square().sum()
+    if any(tensor.dtype == torch.float64 for tensor in tensors):
+        return _finish(total.sqrt().float(), max_norm)  # squares may lie outside fp32
+    return _finish(total.float().sqrt(), max_norm)
 
 
 @triton.jit
@@ -190,6 +193,7 @@ def grad_norm(
 
     Raises:
         ValueError: the tensors lie on several devices, or max_norm is negative.
+        TypeError: a tensor is sparse or complex.
 
     Numerics: sums in fp32 (C++ in fp64), in a fixed order; found_inf is 1 where any element is inf
         or NaN, and where the sum of squares overflows fp32 (a norm above 1.8e19).
@@ -203,6 +207,11 @@ def grad_norm(
         return _of_nothing(max_norm)
     device = local[0].device
     for tensor in local:
+        if tensor.layout != torch.strided or tensor.is_complex():
+            raise TypeError(
+                f"grad_norm: got a tensor of {tensor.dtype} and {tensor.layout}; gradients must be "
+                "real and dense (torch.view_as_real, Tensor.to_dense, sparse=False of an embedding)"
+            )
         if tensor.device != device:
             raise ValueError(
                 f"grad_norm: all tensors must be on one device, got {device} and {tensor.device}; "
@@ -221,19 +230,23 @@ def grad_norm(
 def clip_grad_norm_(
     parameters: Tensor | Iterable[Tensor | None],
     max_norm: float,
-    *,
+    norm_type: float = 2.0,
     error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+    *,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """Scale the gradients in place so that their global 2-norm is at most max_norm.
 
-    A drop-in for `torch.nn.utils.clip_grad_norm_` with ``norm_type=2``. A loop that uses
+    A drop-in for `torch.nn.utils.clip_grad_norm_`, for the 2-norm. A loop that uses
     `FusedAdamW` or `Muon` need not call it: pass ``grad_norm(...).clip_coefficient`` to their step.
 
     Args:
         parameters: parameters whose ``grad`` is clipped; those without one, and None, are skipped.
         max_norm: the largest norm that is left as it is.
+        norm_type: 2; others are torch's own.
         error_if_nonfinite: raise if the norm is inf or NaN (waits for the device).
+        foreach: ignored, kept for torch's function.
         group: as for `grad_norm`.
 
     Returns:
@@ -241,7 +254,13 @@ def clip_grad_norm_(
 
     Raises:
         RuntimeError: the norm is not finite and error_if_nonfinite is set.
+        ValueError: norm_type is not 2.
     """
+    if float(norm_type) != 2.0:
+        raise ValueError(
+            f"clip_grad_norm_: norm_type must be 2, got {norm_type}; "
+            "torch.nn.utils.clip_grad_norm_ has others"
+        )
     parameters = [parameters] if isinstance(parameters, Tensor) else parameters
     grads = [local_tensor(p.grad) for p in parameters if p is not None and p.grad is not None]
     result = grad_norm(grads, max_norm, group=group)

@@ -43,7 +43,6 @@ from .newton_schulz import (
     quintics,
     times_power_of_two,
 )
-from .symmetric import add_scaled_
 
 MUON_SCALES = ("match_adamw", "spectral", "none")
 # torch.optim.Muon's adjust_lr_fn. It takes what it does not know, in a state, for no adjustment.
@@ -299,23 +298,31 @@ class Batch:
     ) -> None:
         """The same, on a CPU, also of matrices that are equal in shape but for transposition."""
         beta, decay = self.group["momentum"], self.group["weight_decay"]
-        here = [grad.to(m.dtype) for grad, m in zip(grads, self.momenta, strict=True)]
+        # What is kept in half precision is computed with in fp32, and rounded once.
+        wide = torch.promote_types(self.momenta[0].dtype, torch.float32)
+        here = [grad.to(wide) for grad in grads]
         if clip is not None:
             here = list(torch._foreach_mul(here, clip))
-        torch._foreach_lerp_(self.momenta, here, 1 - beta)
-        ahead = self.momenta
+        momenta = [m.to(wide) for m in self.momenta]
+        torch._foreach_lerp_(momenta, here, 1 - beta)
+        if self.momenta[0].dtype != wide:
+            torch._foreach_copy_(self.momenta, momenta)
+        ahead = momenta
         if self.group["nesterov"]:
             ahead = list(torch._foreach_lerp(here, ahead, beta))
         turned = [self.ranks is None and w.shape[0] > w.shape[1] for w in weights]  # to be wide
         stacked = torch.stack([x.mT if turn else x for x, turn in zip(ahead, turned, strict=True)])
-        del here, ahead  # as large as what the iteration holds
-        changes = self.orthogonalise(stacked, dtype).to(weights[0].dtype)
-        pairs = zip(changes.unbind(), turned, strict=True)
+        del here, momenta, ahead  # as large as what the iteration holds
+        wide = torch.promote_types(weights[0].dtype, torch.float32)
+        pairs = zip(self.orthogonalise(stacked, dtype).to(wide), turned, strict=True)
+        changes = [x.mT if turn else x for x, turn in pairs]
+        updated = [weight.to(wide) for weight in weights]
         lr = float(self.group["lr"])
         if decay != 0:
-            torch._foreach_mul_(weights, 1 - lr * decay)
-        for weight, (change, turn) in zip(weights, pairs, strict=True):
-            add_scaled_(weight, change.mT if turn else change, -lr * self.scale)
+            torch._foreach_mul_(updated, 1 - lr * decay)
+        torch._foreach_add_(updated, changes, alpha=-lr * self.scale)
+        if weights[0].dtype != wide:
+            torch._foreach_copy_(weights, updated)
 
 
 def _is_for_triton(weight: Tensor) -> bool:

@@ -223,7 +223,8 @@ def newton_schulz(
 def _tighten(gram: Tensor, b: float, c: float) -> tuple[Tensor, Tensor, Tensor]:
     """Return A and b A + c A² of s·X, whose bound ‖A²‖_F^(1/4) is 1, and s; given A of X."""
     gram2 = symmetric_product(gram, gram)
-    norm = torch.linalg.vector_norm(gram2, dim=(-2, -1), keepdim=True, dtype=torch.float32)
+    dtype = torch.promote_types(gram2.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(gram2, dim=(-2, -1), keepdim=True, dtype=dtype)
     # X has been scaled: the norm is at least 1/16, in fp16 1/√r, unless it is zero.
     inverse = norm.clamp_min(_LEAST_NORM).pow(-0.25) / _SAFETY
     gram = _scaled(gram, inverse.square())

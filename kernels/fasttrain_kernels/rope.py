@@ -149,6 +149,8 @@ class _EagerRoPE(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Any:
         ctx.save_for_backward(cos, sin)
         ctx.inverse = inverse
+        if q.dtype.itemsize == 2:  # tables in half precision would round each product
+            cos, sin = cos.float(), sin.float()
         c, s = cos.unsqueeze(-2), sin.unsqueeze(-2)
         half, cc, sign = q.shape[-1] // 2, torch.cat((c, c), dim=-1), -1 if inverse else 1
         rotated = []

@@ -134,8 +134,10 @@ def symmetric_product(
 ) -> Tensor:
     """Return α A Bᵀ + β add for (n, r, c) factors whose product is symmetric but for rounding.
 
-    B is A, or both are polynomials of one symmetric matrix.
+    B is A, or both are polynomials of one symmetric matrix. With β = 0 ``add`` is not read.
     """
+    if beta == 0.0:
+        add = None
     if _pays(a):
         result: Tensor = _launch_op(a, b, add, alpha, beta)
         return result
@@ -197,6 +199,6 @@ def symmetric_matmul(
             f"symmetric_matmul: add must have shape {shape} and {x.dtype}, "
             f"got {tuple(add.shape)} and {add.dtype}"
         )
-    batch = x.reshape(-1, *x.shape[-2:])
+    batch = x.reshape(x.shape[:-2].numel(), *x.shape[-2:])
     added = None if add is None else add.reshape(-1, *shape[-2:])
     return symmetric_product(batch, batch, added, alpha, beta).view(shape)

@@ -3,6 +3,7 @@
 import copy
 import importlib
 import pickle
+import warnings
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -577,3 +578,19 @@ def test_errors_name_the_value(
 ) -> None:
     with pytest.raises(error, match=match):
         build(nn.Parameter(torch.ones(2)))
+
+
+@pytest.mark.parametrize("repeated", ["gradient", "parameter"])
+def test_a_clip_coefficient_scales_what_is_used_twice_once(repeated: str) -> None:
+    results = []
+    for scale in (0.5, None):
+        p = torch.nn.Parameter(torch.ones(5))
+        q = p if repeated == "parameter" else torch.nn.Parameter(torch.ones(5))
+        p.grad = q.grad = torch.full((5,), 1.0 if scale else 0.5)
+        groups = [p, q] if repeated == "parameter" else [{"params": [p]}, {"params": [q]}]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, of a parameter that is listed twice
+            optimizer = FusedAdamW(groups, lr=0.1, eps=1.0, weight_decay=0.0)
+        optimizer.step(clip_coefficient=torch.tensor(scale) if scale else None)
+        results.append(torch.cat([p.detach(), q.detach()]))
+    torch.testing.assert_close(*results)

@@ -252,6 +252,23 @@ def test_two_losses_and_a_retained_graph(device):
     torch.testing.assert_close(torch.autograd.grad(both, logits)[0], 2 * one)
 
 
+@pytest.mark.parametrize("options", [{"reduction": "none"}, {"reduction": "sum"}, {}])
+def test_inplace_refuses_the_backward_of_another_use_of_the_logits(device, options):
+    """A gradient must not be taken of what was written over them, whenever that is."""
+    logits = torch.randn(4, 8, device=device, requires_grad=True) * 1
+    other = logits.square().sum()  # saves the logits
+    losses = cross_entropy(logits, torch.arange(4, device=device), inplace=True, **options)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (other + losses.sum()).backward()
+
+
+def test_inplace_gives_shapes_where_there_is_no_memory():
+    logits = torch.empty(3, 8, device="meta", requires_grad=True)
+    targets = torch.empty(3, dtype=torch.long, device="meta")
+    cross_entropy(logits * 1, targets, inplace=True).backward()
+    assert logits.grad.shape == logits.shape
+
+
 def test_inplace_writes_over_the_logits_and_refuses_a_second_backward(device):
     torch.manual_seed(5)
     leaf = torch.randn(4, 24, device=device, requires_grad=True)

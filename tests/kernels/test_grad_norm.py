@@ -192,3 +192,29 @@ def test_errors_name_the_value() -> None:
         grad_norm([torch.ones(2)], -1.0)
     with pytest.raises(ValueError, match="one device, got cpu and meta"):
         grad_norm([torch.ones(2), torch.ones(2, device="meta")])
+
+
+def test_norms_of_fp64_gradients_keep_their_range() -> None:
+    for size in (1e25, 1e-30):
+        param = torch.nn.Parameter(torch.zeros(2, dtype=torch.float64))
+        param.grad = torch.full_like(param, size)
+        norm = clip_grad_norm_([param], size)
+        assert norm.item() == pytest.approx(size * 2**0.5, rel=1e-6)
+
+
+def test_what_is_sparse_or_complex_is_refused_by_name() -> None:
+    for tensor in (torch.eye(3).to_sparse(), torch.ones(3, dtype=torch.complex64)):
+        with pytest.raises(TypeError, match=r"grad_norm: got a tensor of torch\..* real and dense"):
+            grad_norm([torch.ones(2), tensor])
+
+
+def test_clip_takes_the_arguments_of_torch() -> None:
+    results = []
+    for clip in (clip_grad_norm_, torch.nn.utils.clip_grad_norm_):
+        param = torch.nn.Parameter(torch.zeros(3))
+        param.grad = torch.full((3,), 2.0)
+        clip([param], 1.0, 2.0, False, True)
+        results.append(param.grad)
+    torch.testing.assert_close(*results)
+    with pytest.raises(ValueError, match="norm_type must be 2, got inf"):
+        clip_grad_norm_([param], 1.0, norm_type=float("inf"))

@@ -220,6 +220,17 @@ def test_S11_the_kernel_runs_where_it_is_predicted_ahead_of_cublas(
 
 
 @pytest.mark.parametrize("rows", [5, 256, 301])
+def test_symmetric_matmul_does_not_read_what_counts_nothing(rows: int) -> None:
+    x, nothing = torch.randn(rows, 8), torch.full((rows, rows), torch.nan)
+    torch.testing.assert_close(symmetric_matmul(x, add=nothing, beta=0.0), symmetric_matmul(x))
+
+
+def test_symmetric_matmul_of_no_columns_is_zero() -> None:
+    assert torch.equal(symmetric_matmul(torch.zeros(3, 0)), torch.zeros(3, 3))
+    assert symmetric_matmul(torch.zeros(0, 3, 4)).shape == (0, 3, 3)
+
+
+@pytest.mark.parametrize("rows", [5, 256, 301])
 def test_symmetric_matmul_on_the_cpu(rows: int) -> None:
     x = torch.randn(2, rows, 70)
     out = symmetric_matmul(x, add=torch.eye(rows).expand(2, rows, rows), alpha=2.0)

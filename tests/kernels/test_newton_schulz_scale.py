@@ -166,6 +166,30 @@ def test_a_sharded_direction_does_not_depend_on_its_scale(
     assert not got[2].any()
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e-5, 3e-7])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_an_update_of_a_half_precision_matrix_is_that_of_the_same_numbers_in_fp32(
+    dtype: torch.dtype, scale: float
+) -> None:
+    g = (matrix((16, 24), 24, 0) * scale).to(dtype)
+    assert g.any()
+    expected = update(g.float(), torch.float32)
+    assert distance(update(g, torch.float32).float(), expected.double()) < 0.01
+    clip = torch.tensor(1e-9)
+    p = nn.Parameter(torch.zeros_like(g))
+    p.grad = g
+    Muon([p], lr=1.0, momentum=0.0, scale="none", ns_dtype=torch.float32, nesterov=False).step(
+        clip_coefficient=clip
+    )
+    assert distance(-p.detach().float(), expected.double()) < 0.01
+
+
+def test_products_may_be_in_fp64() -> None:
+    g = matrix((16, 24), 24, 0)
+    exact = newton_schulz_reference(g, dtype=torch.float64)
+    torch.testing.assert_close(newton_schulz(g, dtype=torch.float64), exact, rtol=0, atol=0.02)
+
+
 def test_a_rank_that_owns_no_matrix_unpacks_none() -> None:
     module = importlib.import_module("fasttrain_kernels.muon")
     parts = [torch.empty(0, 13), torch.empty(0, 7), torch.empty(0, 1)]  # of 2, 1 and no rows

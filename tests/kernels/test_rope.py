@@ -206,3 +206,13 @@ def test_errors_of_device_and_dtype() -> None:
         apply_rope(x, x, table.long(), table)
     with pytest.raises(ValueError, match="sin must have shape"):
         apply_rope(x, x, table, table[None])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_tables_in_half_precision_round_the_result_once(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 2, 16, 3, 8, generator=generator).to(dtype)
+    cos, sin = torch.randn(2, 16, 4, generator=generator).to(dtype)
+    exact = apply_rope_reference(q, k, cos, sin)
+    for ours, right in zip(apply_rope(q, k, cos, sin), exact, strict=True):
+        torch.testing.assert_close(ours, right, rtol=torch.finfo(dtype).eps, atol=0)
