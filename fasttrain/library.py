@@ -981,6 +981,11 @@ def train_loop(
             f"train_loop: max_grad_norm is {_named(max_grad_norm)}; pass a number, or None to clip "
             "nothing"
         )
+    if max_grad_norm is not None and not max_grad_norm > 0:
+        raise UserError(
+            f"train_loop: max_grad_norm is {max_grad_norm}; pass a number > 0, or None to clip "
+            "nothing"
+        )
     if num_epochs < 0 or log_interval < 1:
         given = f"num_epochs = {num_epochs} and log_interval = {log_interval}"
         raise UserError(f"train_loop: {given} must be at least 0 and 1")
