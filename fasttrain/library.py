@@ -295,7 +295,8 @@ class Trainer:
             learning rate stays.
         criterion: (logits (N, V), targets (N,)) → loss, a mean over the targets that are not its
             ``ignore_index`` (-100 where it has none), or a sum where its ``reduction`` is "sum".
-            The class weights of torch's own make a weighted mean over all targets of a step.
+            The class weights of torch's own make a weighted mean over all targets of a step. A
+            `functools.partial` is looked into, and what is changed on a criterion counts from then.
             None: cross-entropy in fp32 with the config's label smoothing and z-loss.
         config: a `TrainConfig`, or a dict of its sections. A warning names the keys that are set
             and have no effect here, as those of ``[model]``, ``[data]``, ``[optim]`` and
@@ -1006,8 +1007,8 @@ def train_loop(
         optimizer: over the model's parameters; a hook on its ``step`` may change its learning rate.
         num_epochs: passes over the data, at least 0.
         max_grad_norm: the gradient is clipped to this norm before the update; None: never.
-        log_interval: every so many steps, and after the last, the loss is recorded: the only steps
-            that wait for the device.
+        log_interval: every so many steps, and after the last, the loss is recorded, unless the step
+            had no targets: the only steps that wait for the device.
         device: where to train. "cuda" is the CPU where there is no CUDA device, which a line says.
         quiet: do not print each recorded loss, as in ``Epoch 0, step 100, loss 2.3456``.
 
