@@ -832,6 +832,9 @@ class Trainer:
                 stacklevel=2,
             )
 
+    def _stateful_callbacks(self) -> list[Any]:
+        return [callback for callback in self.callbacks if states.is_stateful(callback)]
+
     def _tell(self, event: str, *what: object) -> None:
         for callback in self.callbacks:
             if (method := getattr(callback, event, None)) is not None:
@@ -886,9 +889,9 @@ class Trainer:
             "optimizer": states.optimizer_values(self.optimizer, self.model),
         }
         loader, loaded = self._loader, self._loaded
-        stateful = [one for one in self.callbacks if states.is_stateful(one)]
         own = {  # of this rank
-            "callbacks": [callback.state_dict() for callback in stateful],
+            "callbacks": [callback.state_dict() for callback in self._stateful_callbacks()],
+            "callback_facts": states.facts_of_callbacks(self.callbacks),
             "criterion": states.state_of(self.objective.criterion),
             "random": states.read(self._random) | loaded.get("random", {}),
             "epoch_random": self._epoch_random,
@@ -899,8 +902,7 @@ class Trainer:
         ranks = self.world.gather({k: states.encode(v, mine, k) for k, v in own.items()})
         tensors |= {f"{name}@{rank}" if rank else name: tensor for name, tensor in mine.items()}
         saved = {"state": shared | ranks[0], "ranks": ranks[1:]}
-        facts = self._facts | states.facts_of_callbacks(self.callbacks)
-        library = {"facts": facts, "loader_facts": self._loader_facts, **saved}
+        library = {"facts": self._facts, "loader_facts": self._loader_facts, **saved}
         counters = {name: getattr(self, name) for name in COUNTERS}
         state = {**counters, "provenance": self.made_by, "library": library}
         groups = collect(step) | {"trainer": tensors}
@@ -935,8 +937,7 @@ class Trainer:
         state, saved, rank = loaded.state, loaded.state["library"], self.world.rank
         own = self.ema.groups(state_by_name(self.model))
         try:
-            facts = self._facts | states.facts_of_callbacks(self.callbacks)
-            states.refuse_difference(str(loaded.path), dict(saved["facts"]), facts)
+            states.refuse_difference(str(loaded.path), dict(saved["facts"]), self._facts)
             check_tensors("model.", loaded.group("model"), own["model"])
             self.ema.check(loaded.group("ema"))
             tensors = loaded.group("trainer")
@@ -948,6 +949,9 @@ class Trainer:
             values, schedule, scaler, val_losses, epoch_random = (rest[name] for name in names)
             place = {name: rest[name] for name in ("random", "loader")}
             loader_facts = dict(saved["loader_facts"])
+            callback_facts = dict(rest.get("callback_facts", {}))  # older checkpoints have none
+            told = states.facts_of_callbacks(self.callbacks)
+            states.refuse_difference(str(loaded.path), callback_facts, told)
             counters = {name: int(state[name]) for name in COUNTERS}
             parameters = loaded.group("model").items()
             load_by_name(self.model, {name: cut(t, own["model"][name]) for name, t in parameters})
@@ -958,9 +962,9 @@ class Trainer:
                 self.scheduler.load_state_dict(schedule)
             for name, value in scaler.items():
                 getattr(self.train_step, SCALER[name]).fill_(value)
-            stateful = [one for one in self.callbacks if states.is_stateful(one)]
-            if "callbacks" in rest:  # which older checkpoints do not have
-                for callback, value in zip(stateful, rest["callbacks"], strict=True):
+            if "callbacks" in rest:
+                pairs = zip(self._stateful_callbacks(), rest["callbacks"], strict=True)
+                for callback, value in pairs:
                     callback.load_state_dict(value)
             criterion: Any = self.objective.criterion
             if rest.get("criterion") is not None and states.is_stateful(criterion):
