@@ -20,7 +20,7 @@ from functools import partial
 from itertools import islice
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,8 @@ from fasttrain.engine.optim import (
     check_tensors,
     load_by_name,
     load_optimizer_tensors,
+    parameters_by_name,
+    parameters_of,
     plain_name,
     state_by_name,
 )
@@ -105,10 +107,9 @@ class Callback:
 _EVENTS = [name for name in vars(Callback) if name.startswith("on_")]
 
 
-def _set_mode(optimizer: torch.optim.Optimizer, mode: Literal["train", "eval"]) -> None:
-    """Switch an optimizer that evaluates at other weights than it trains, as schedule-free ones."""
-    if all(callable(getattr(optimizer, name, None)) for name in ("train", "eval")):
-        getattr(optimizer, mode)()
+def _has_modes(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether it evaluates at other weights than it trains, as schedule-free ones."""
+    return all(callable(getattr(optimizer, mode, None)) for mode in ("train", "eval"))
 
 
 def _named(value: Any) -> str:
@@ -178,6 +179,12 @@ def _refuse_arguments(
         raise UserError(
             f"Trainer: scheduler is {_named(scheduler)}; give one of torch.optim.lr_scheduler, "
             "such as CosineAnnealingLR(optimizer, T_max=1000), or None for a constant learning rate"
+        )
+    scheduled = getattr(scheduler, "optimizer", optimizer)
+    if scheduled is not optimizer and scheduled.param_groups is not optimizer.param_groups:
+        raise UserError(
+            f"Trainer: scheduler is made for another {type(scheduled).__name__}; make it with the "
+            "optimizer that you pass"
         )
     if criterion is not None and (isinstance(criterion, type) or not callable(criterion)):
         raise UserError(
@@ -288,7 +295,8 @@ class Trainer:
             learning rate stays.
         criterion: (logits (N, V), targets (N,)) → loss, a mean over the targets that are not its
             ``ignore_index`` (-100 where it has none), or a sum where its ``reduction`` is "sum".
-            The class weights of torch's own make a weighted mean over all targets of a step.
+            The class weights of torch's own make a weighted mean over all targets of a step. A
+            `functools.partial` is looked into, and what is changed on a criterion counts from then.
             None: cross-entropy in fp32 with the config's label smoothing and z-loss.
         config: a `TrainConfig`, or a dict of its sections. A warning names the keys that are set
             and have no effect here, as those of ``[model]``, ``[data]``, ``[optim]`` and
@@ -301,14 +309,15 @@ class Trainer:
         accumulate: batches of a step, on each rank.
         metrics: further numbers of an evaluation: (logits (N, V), targets (N,)) → mean, given only
             the targets that count.
-        callbacks: told of what happens: objects with any of the methods of `Callback`.
+        callbacks: told of what happens: objects with any of the methods of `Callback`. Those with
+            ``state_dict()`` and ``load_state_dict()`` are saved and restored, as is a criterion.
         quiet: print nothing. Else rank 0 prints what the command line prints: a line every
             ``log.every_steps`` steps, evaluations, where it saves; on a terminal a progress bar.
 
     Raises:
         UserError: an argument is of a wrong kind, the config asks for what this trainer does not
             do, a package is missing, another trainer uses ``run_dir``, or a checkpoint could not
-            hold the state of the optimizer or scheduler.
+            hold the state of the optimizer, scheduler, criterion or a callback.
     """
 
     def __init__(
@@ -456,7 +465,10 @@ class Trainer:
         return self.metrics
 
     def train_epoch(self, loader: Batches) -> float:
-        """Train to the end of one pass over ``loader``; return the mean of its steps' losses."""
+        """Train to the end of one pass over ``loader``; return the mean of its steps' losses.
+
+        Steps without targets have none; nan where no step had targets.
+        """
         _refuse_loader("loader", loader)
         first = self.step
         with self._training(loader, None, one_epoch=True):
@@ -488,7 +500,8 @@ class Trainer:
                 signals = stop_signals(stop=stop, rescue=self.stop, patience_s=wait, echo_s=ECHO_S)
                 stack.enter_context(signals)
             self._meet(loader, val_loader)
-            _set_mode(self.optimizer, "train")
+            if _has_modes(self.optimizer):
+                self.optimizer.train()  # type: ignore[attr-defined]
             if self.run_dir is not None and self.world.leads:
                 sinks = stack.enter_context(closing(Sinks(self.config, self.run_dir, self.made_by)))
                 stack.callback(setattr, self, "_write", self._write)
@@ -639,11 +652,13 @@ class Trainer:
                 raise
             if group is None:
                 break
+            if not tried:  # what cannot be saved is told now: of the loader, once it has begun
+                states.encode(states.state_of(loader), {}, "loader")
             self._step(group)
             self.step, self.batch_in_epoch = self.step + 1, self.batch_in_epoch + len(group)
             self._last_result = {}
             self._draw_progress()
-            if not tried:  # what cannot be saved is told now
+            if not tried:  # of the optimizer, once it has made a step
                 tried, now = bool(self._snapshot()), states.own_values(loader)
                 for key in [key for key, new in now.items() if own_values.get(key, new) != new]:
                     warnings.warn(
@@ -656,9 +671,9 @@ class Trainer:
                 self._record()
             if self._due(config.eval.every_steps) and val_loader is not None:
                 self._evaluated(val_loader)
+            self._tell("on_step_end")  # before it is saved: a callback has its state
             if self._due(config.checkpoint.every_steps) and self.writer is not None:
                 self.save_checkpoint()
-            self._tell("on_step_end")
             if over():
                 return
         self.epoch, self.batch_in_epoch = self.epoch + 1, 0
@@ -724,12 +739,31 @@ class Trainer:
         Each is a mean over target tokens, whatever batch they are in; computed without dropout,
         with averaged weights where ``train.ema_decay`` is set.
         """
-        _set_mode(self.optimizer, "eval")
+        with self._optimizer_evaluates(), self.ema.in_use():
+            return self.objective.evaluate(loader, self.metric_functions, self.world)
+
+    @contextmanager
+    def _optimizer_evaluates(self) -> Iterator[None]:
+        """Let the model have the weights that an optimizer with modes evaluates at.
+
+        Afterwards it has its own back, to the bit, and the optimizer the mode that it was in. One
+        that has no ``train_mode`` in its groups, as schedule-free ones do, is taken to be in
+        training mode.
+        """
+        optimizer: Any = self.optimizer
+        if not _has_modes(optimizer) or not optimizer.param_groups[0].get("train_mode", True):
+            yield
+            return
+        parameters = parameters_of(optimizer)
+        kept = [p.detach().clone() for p in parameters]
+        optimizer.eval()
         try:
-            with self.ema.in_use():
-                return self.objective.evaluate(loader, self.metric_functions, self.world)
+            yield
         finally:
-            _set_mode(self.optimizer, "train")
+            optimizer.train()
+            with torch.no_grad():
+                for p, own in zip(parameters, kept, strict=True):
+                    p.copy_(own)
 
     def _evaluated(self, loader: Batches, *, extra: bool = False) -> None:
         """Evaluate; ``extra``, as at the end, changes nothing of how a training goes on."""
@@ -756,7 +790,8 @@ class Trainer:
         lr = float(self.optimizer.param_groups[0]["lr"])
         rows = self.train_step.numbers()
         for number, (loss, norm, bad, *_) in enumerate(rows, start=self.step - len(rows) + 1):
-            self.metrics.record(number, loss=loss, grad_norm=norm, lr=lr)
+            measured = {} if bad == EMPTY else {"loss": loss, "grad_norm": norm}
+            self.metrics.record(number, **measured, lr=lr)
             self.skipped_steps += bool(bad)
             if bad == EMPTY:
                 self._warn_of_no_targets(number)
@@ -764,7 +799,8 @@ class Trainer:
                 raise FloatingPointError(f"step {number}: loss {loss}, gradient norm {norm}")
         now, (then, before) = time.perf_counter(), self._logged_at
         self._logged_at = (now, self.step)
-        row = {"step": self.step, **self.metrics.last(), "skipped_steps": self.skipped_steps}
+        row = {"step": self.step, "loss": math.nan, "grad_norm": math.nan, **self.metrics.last()}
+        row["skipped_steps"] = self.skipped_steps
         row["step_ms"] = 1000 * (now - then) / max(1, self.step - before)
         self._write("train", row)
         n_tokens, self._n_logged = self._n_tokens - self._n_logged, self._n_tokens
@@ -795,6 +831,9 @@ class Trainer:
                 "that no answer is cut off; skipped_steps counts such steps",
                 stacklevel=2,
             )
+
+    def _stateful_callbacks(self) -> list[Any]:
+        return [callback for callback in self.callbacks if states.is_stateful(callback)]
 
     def _tell(self, event: str, *what: object) -> None:
         for callback in self.callbacks:
@@ -851,6 +890,9 @@ class Trainer:
         }
         loader, loaded = self._loader, self._loaded
         own = {  # of this rank
+            "callbacks": [callback.state_dict() for callback in self._stateful_callbacks()],
+            "callback_facts": states.facts_of_callbacks(self.callbacks),
+            "criterion": states.state_of(self.objective.criterion),
             "random": states.read(self._random) | loaded.get("random", {}),
             "epoch_random": self._epoch_random,
             "loader": loader.state_dict() if states.is_stateful(loader) else loaded.get("loader"),
@@ -863,7 +905,12 @@ class Trainer:
         library = {"facts": self._facts, "loader_facts": self._loader_facts, **saved}
         counters = {name: getattr(self, name) for name in COUNTERS}
         state = {**counters, "provenance": self.made_by, "library": library}
-        return collect(step) | {"trainer": tensors}, state
+        groups = collect(step) | {"trainer": tensors}
+        if _has_modes(self.optimizer) and "ema" not in groups:  # the weights that are evaluated
+            with self._optimizer_evaluates():
+                evaluated = parameters_by_name(self.model)
+                groups["ema"] = {name: p.detach().clone() for name, p in evaluated.items()}
+        return groups, state
 
     def load_checkpoint(self, path: str | Path | None = None) -> None:
         """Go on from a checkpoint: parameters, moments, schedule, place in the data, randomness.
@@ -902,6 +949,9 @@ class Trainer:
             values, schedule, scaler, val_losses, epoch_random = (rest[name] for name in names)
             place = {name: rest[name] for name in ("random", "loader")}
             loader_facts = dict(saved["loader_facts"])
+            callback_facts = dict(rest.get("callback_facts", {}))  # older checkpoints have none
+            told = states.facts_of_callbacks(self.callbacks)
+            states.refuse_difference(str(loaded.path), callback_facts, told)
             counters = {name: int(state[name]) for name in COUNTERS}
             parameters = loaded.group("model").items()
             load_by_name(self.model, {name: cut(t, own["model"][name]) for name, t in parameters})
@@ -912,6 +962,13 @@ class Trainer:
                 self.scheduler.load_state_dict(schedule)
             for name, value in scaler.items():
                 getattr(self.train_step, SCALER[name]).fill_(value)
+            if "callbacks" in rest:
+                pairs = zip(self._stateful_callbacks(), rest["callbacks"], strict=True)
+                for callback, value in pairs:
+                    callback.load_state_dict(value)
+            criterion: Any = self.objective.criterion
+            if rest.get("criterion") is not None and states.is_stateful(criterion):
+                criterion.load_state_dict(rest["criterion"])
         except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
             what = f"{loaded.path}: holds no state of such a training"
             raise UserError(f"{what}: {error!r}; go on from another checkpoint") from error
@@ -954,8 +1011,8 @@ def train_loop(
         optimizer: over the model's parameters; a hook on its ``step`` may change its learning rate.
         num_epochs: passes over the data, at least 0.
         max_grad_norm: the gradient is clipped to this norm before the update; None: never.
-        log_interval: every so many steps, and after the last, the loss is recorded: the only steps
-            that wait for the device.
+        log_interval: every so many steps, and after the last, the loss is recorded, unless the step
+            had no targets: the only steps that wait for the device.
         device: where to train. "cuda" is the CPU where there is no CUDA device, which a line says.
         quiet: do not print each recorded loss, as in ``Epoch 0, step 100, loss 2.3456``.
 
@@ -981,6 +1038,11 @@ def train_loop(
             f"train_loop: max_grad_norm is {_named(max_grad_norm)}; pass a number, or None to clip "
             "nothing"
         )
+    if max_grad_norm is not None and not max_grad_norm > 0:
+        raise UserError(
+            f"train_loop: max_grad_norm is {max_grad_norm}; pass a number > 0, or None to clip "
+            "nothing"
+        )
     if num_epochs < 0 or log_interval < 1:
         given = f"num_epochs = {num_epochs} and log_interval = {log_interval}"
         raise UserError(f"train_loop: {given} must be at least 0 and 1")
@@ -995,6 +1057,8 @@ def train_loop(
     losses, steps = list[float](), list[int]()
 
     def record(_: Kind, row: dict[str, float]) -> None:
+        if "loss" not in trainer.metrics.last():  # of a step without targets
+            return
         losses.append(row["loss"])
         steps.append(trainer.step)
         if not quiet and trainer.world.leads:

@@ -10,7 +10,7 @@ import math
 import operator
 import random
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -148,6 +148,11 @@ def facts_of_scheduler(scheduler: Any, name: str = "scheduler") -> dict[str, str
     return facts
 
 
+def facts_of_callbacks(callbacks: Sequence[Any]) -> dict[str, str]:
+    """Return the classes of those that have a state, in order."""
+    return {"callbacks": str([type(one).__name__ for one in callbacks if is_stateful(one)])}
+
+
 def _parts(loader: Any, name: str) -> dict[str, Any]:
     """Return a loader, its samplers and its data sets, by where they are."""
     found, places = {name: loader}, [name]
@@ -172,9 +177,14 @@ def facts_of_loader(loader: Any) -> dict[str, str]:
     return facts
 
 
-def is_stateful(loader: Any) -> bool:
-    """Whether a loader saves its own place in the data, as torchdata's StatefulDataLoader."""
-    return hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
+def is_stateful(part: Any) -> bool:
+    """Whether a part of a training saves its own state, as torchdata's StatefulDataLoader."""
+    return hasattr(part, "state_dict") and hasattr(part, "load_state_dict")
+
+
+def state_of(part: Any) -> Any:
+    """Return the state of a part of a training, None where it has none."""
+    return part.state_dict() if is_stateful(part) else None
 
 
 def samplers(loader: Any) -> list[Any]:
@@ -268,6 +278,13 @@ def write(generators: Mapping[str, Any], states: Mapping[str, Any]) -> None:
 def optimizer_values(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
     """Return what `optimizer_tensors` leaves out: all of the groups' values, state of no tensor."""
     names = {id(p): name for name, p in parameters_by_name(model).items()}
+    for key in optimizer.state:
+        if id(key) not in names:
+            raise UserError(
+                f"Trainer: the optimizer keeps state under {_shown(key)!r}, which is no parameter "
+                "of the model: no checkpoint would hold it; keep it in its groups or as the state "
+                "of a parameter"
+            )
     groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
     values = {
         names[id(p)]: {k: v for k, v in state.items() if not isinstance(v, Tensor)}

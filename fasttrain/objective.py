@@ -13,6 +13,7 @@ from itertools import islice
 from typing import Any, NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from fasttrain_kernels import cross_entropy
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -26,7 +27,7 @@ from fasttrain.model.transformer import Embedding
 
 Criterion = Callable[[Tensor, Tensor], Tensor]  # logits (N, V), targets (N,) → scalar
 # Whose mean is the sum of the weighted losses over the sum of the targets' class weights
-WEIGHTED_MEANS = (nn.CrossEntropyLoss, nn.NLLLoss)
+WEIGHTED_MEANS = (nn.CrossEntropyLoss, nn.NLLLoss, F.cross_entropy, F.nll_loss)
 IDS, MASK = ("input_ids", "target_ids", "labels"), "attention_mask"  # keys of a batch
 
 
@@ -65,20 +66,37 @@ def signature_of(model: nn.Module) -> Mapping[str, inspect.Parameter]:
     return signature_of(children[0]) if len(children) == 1 else parameters
 
 
-def _summing(criterion: Criterion | None) -> tuple[Criterion | None, Tensor | None]:
-    """Return a criterion that sums where its mean has class weights, and these weights."""
-    weight = getattr(criterion, "weight", None)
-    if not isinstance(weight, Tensor) or getattr(criterion, "reduction", "mean") != "mean":
-        return criterion, None
-    if type(criterion) not in WEIGHTED_MEANS:
-        name = type(criterion).__name__
+def option_of(criterion: Criterion | None, name: str, default: Any) -> Any:
+    """Return an attribute of a criterion, or a keyword of the `functools.partial` that it is."""
+    while isinstance(criterion, partial):
+        if name in criterion.keywords:
+            return criterion.keywords[name]
+        criterion = criterion.func
+    return getattr(criterion, name, default)
+
+
+def _class_weight(criterion: Criterion | None) -> Tensor | None:
+    """Return the class weights of a criterion that returns a mean; only of torch's own."""
+    weight = option_of(criterion, "weight", None)
+    if not isinstance(weight, Tensor) or option_of(criterion, "reduction", "mean") != "mean":
+        return None
+    kind = criterion.func if isinstance(criterion, partial) else type(criterion)
+    if kind not in WEIGHTED_MEANS:
+        name = getattr(kind, "__name__", type(kind).__name__)
         raise UserError(
             f"criterion: {name} has class weights and returns a mean, and what it divides by is "
             'not known, so that batches cannot be weighed; give it reduction="sum"'
         )
-    summing: Any = copy.copy(criterion)
+    return weight.detach()
+
+
+def _sum_of(criterion: Any, logits: Tensor, targets: Tensor) -> Any:
+    """Return the sum whose mean one of `WEIGHTED_MEANS` returns, by what it is set to now."""
+    if isinstance(criterion, partial):
+        return criterion(logits, targets, reduction="sum")
+    summing = copy.copy(criterion)
     summing.reduction = "sum"
-    return summing, weight.detach()
+    return summing(logits, targets)
 
 
 class Objective:
@@ -99,7 +117,8 @@ class Objective:
         loop = config.train
         self.run: Callable[..., Any] = model
         self.model = without_compiler(model)
-        self.criterion, self.class_weight = _summing(criterion)
+        self.criterion = criterion
+        _class_weight(criterion)  # refuses one that cannot be summed
         of_router = getattr(getattr(model, "config", None), "router_aux_loss_coef", None)
         self.aux_weight = 1.0 if of_router is None else float(of_router)
         # Not by itself ("auto"): it pays after a minute, and a model of any kind may not compile.
@@ -107,7 +126,6 @@ class Objective:
         if mode not in ("auto", "c++") and resolve_compile(config, device) != "off":
             self.run = torch.compile(model)
         self.device, self.precision = device, resolve_precision(config.run.dtype, device)
-        self.ignore_index: int = getattr(criterion, "ignore_index", -100)
         # Of the default criterion
         self.options: Any = {"ignore_index": self.ignore_index, "z_loss": loop.z_loss}
         self.options |= {"label_smoothing": loop.label_smoothing, "reduction": "sum"}
@@ -118,6 +136,12 @@ class Objective:
             hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None)
             for m in model.modules()
         )
+
+    @property
+    def ignore_index(self) -> int:
+        """The target that does not count."""
+        index: int = option_of(self.criterion, "ignore_index", -100)
+        return index
 
     def prepare(self, batch: Any) -> Batch:
         """Check a batch, move it to the device and find its targets."""
@@ -166,10 +190,11 @@ class Objective:
 
         It is the number of targets that count, or the sum of their class weights.
         """
-        if self.class_weight is None:
+        class_weight = _class_weight(self.criterion)
+        if class_weight is None:
             return batch.n_targets
         counts = batch.targets != self.ignore_index
-        weights = self.class_weight.to(batch.targets.device)[batch.targets * counts]
+        weights = class_weight.to(batch.targets.device)[batch.targets * counts]
         total = (weights * counts).sum()
         return float(total) if total.is_cpu else total
 
@@ -192,8 +217,11 @@ class Objective:
         loss = self._loss_sum(logits, batch, scale)
         auxiliary = out.get("aux_loss") if isinstance(out, Mapping) else getattr(out, "aux_loss", 0)
         if isinstance(auxiliary, Tensor) and auxiliary.requires_grad:  # a mean over the batch
-            share = self.aux_weight * self.count(batch) * scale
-            loss = loss + auxiliary.to(loss.device).mean() * share
+            share = self.aux_weight * self.count(batch)
+            if isinstance(share, Tensor):
+                auxiliary = torch.where(share == 0, 0.0, auxiliary.to(share.device).mean())
+            if isinstance(share, Tensor) or share:  # of no token the mean, and its gradient, is nan
+                loss = loss + auxiliary.to(loss.device).mean() * (share * scale)
         return loss
 
     def _forward(self, batch: Batch) -> tuple[Tensor, Any]:
@@ -233,11 +261,13 @@ class Objective:
         factor = (
             torch.ones((), dtype=torch.float32, device=logits.device) if scale is None else scale
         )
-        if getattr(self.criterion, "reduction", "mean") == "sum":
-            return self.criterion(logits, batch.targets) * factor
-        if not batch.n_targets:  # the mean over no target is nan
-            return logits.sum() * 0.0
-        return self.criterion(logits, batch.targets) * (batch.n_targets * factor)
+        if _class_weight(self.criterion) is not None:
+            return _scalar(_sum_of(self.criterion, logits, batch.targets)) * factor
+        if option_of(self.criterion, "reduction", "mean") == "sum":
+            return _scalar(self.criterion(logits, batch.targets)) * factor
+        if not batch.n_targets:  # the mean over no target is nan, and so is 0 times a logit of -inf
+            return (logits.nan_to_num(0.0, 0.0, 0.0) * 0.0).sum()
+        return _scalar(self.criterion(logits, batch.targets)) * (batch.n_targets * factor)
 
     @torch.no_grad()
     def evaluate(
@@ -337,6 +367,17 @@ def logits_of(out: Any, tokens: Tensor) -> Tensor:
             "begins with them"
         )
     return out
+
+
+def _scalar(loss: Any) -> Tensor:
+    """Return what a criterion returned, or refuse what is not one number."""
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise UserError(
+            f"criterion: returned {found}; it must return one number, the mean over the targets, "
+            'or their sum (of torch\'s own: reduction="mean" or reduction="sum")'
+        )
+    return loss
 
 
 def _range(ids: Tensor) -> tuple[int, int]:

@@ -223,7 +223,7 @@ def _gathered(model: nn.Module, world: World) -> list[Any]:
 def evaluating(model: nn.Module, world: World) -> Iterator[None]:
     """Use a model without training it: in evaluation mode, sharded parameters gathered.
 
-    Afterwards each of its modules has its own mode back.
+    Afterwards each of its modules has its own mode back, which a ``train`` of its own is told.
 
     All ranks must enter it together and call the model equally often.
     """
@@ -235,10 +235,17 @@ def evaluating(model: nn.Module, world: World) -> Iterator[None]:
     try:
         yield
     finally:
+        # From the model down, while weights are gathered: a module may have merged others into them
+        for module, was_training in modes.items():
+            if module.training != was_training:
+                module.train(was_training)
+        for (
+            module,
+            was_training,
+        ) in modes.items():  # of a shared one, last set by a parent
+            module.training = was_training
         for module in sharded:
             module.reshard()
-        for module, was_training in modes.items():  # frozen parts may stay in evaluation mode
-            module.training = was_training
 
 
 def set_gradient_sync(network: Any, world: World, *, sync: bool) -> None:

@@ -236,6 +236,18 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def _has_step_hooks(optimizer: Any) -> bool:
+    """Return whether hooks see an optimizer's step, and with it the gradients. Unknown: False."""
+    return any(getattr(optimizer, f"_optimizer_step_{when}_hooks", 0) for when in ("pre", "post"))
+
+
+def _scale_gradients(optimizer: torch.optim.Optimizer, scale: Tensor) -> None:
+    """Multiply the gradients of an optimizer's parameters, this rank's part of them."""
+    grads = [local_tensor(p.grad) for p in parameters_of(optimizer) if p.grad is not None]
+    if grads:
+        torch._foreach_mul_(grads, scale)
+
+
 class StepNumbers(NamedTuple):
     """A step as the host sees it: mean loss, gradient norm before clipping, verdict, fp16 scale."""
 
@@ -480,6 +492,11 @@ class TrainStep:
     @contextmanager
     def _owned(self) -> Iterator[None]:
         """Begin a step without gradients, and leave none behind, whatever happens in between."""
+        if not any(p.requires_grad for o in self.optimizers for p in parameters_of(o)):
+            raise UserError(
+                "train: no parameter that the optimizer holds requires a gradient, so that nothing "
+                "would be trained; unfreeze some with requires_grad_()"
+            )
         self._begin()
         try:
             yield
@@ -550,11 +567,13 @@ class TrainStep:
             if lr is not None:
                 set_lr(optimizer, lr)
             if getattr(optimizer, "reads_clip_on_device", False):
-                step(clip_coefficient=clip, found_inf=bad)
+                if _has_step_hooks(optimizer):
+                    _scale_gradients(optimizer, clip)
+                    step(found_inf=bad)
+                else:
+                    step(clip_coefficient=clip, found_inf=bad)
             elif self._makes_update(bad):
-                own_grads = (p.grad for p in parameters_of(optimizer))
-                if mine := [local_tensor(g) for g in own_grads if g is not None]:
-                    torch._foreach_mul_(mine, clip)
+                _scale_gradients(optimizer, clip)
                 step()
         self.ema.update(skipped=bad)
         if self.precision.scaled:  # halve after an overflow, double after 2,000 clean steps

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from fasttrain_kernels import FusedAdamW, Muon
 from torch import Tensor, nn
 
 from fasttrain.config import config_from_dict
@@ -265,6 +266,27 @@ def test_a_hook_that_clamps_a_gradient_bounds_what_the_optimizer_gets() -> None:
     largest = max(grad.abs().max().item() for grad in recorder.grads)
     assert largest == pytest.approx(limit)
     assert step.norm.item() <= limit * math.sqrt(sum(p.numel() for p in step.parameters))
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, FusedAdamW, Muon])
+def test_hooks_on_an_optimizers_step_see_clipped_gradients(kind: Any) -> None:
+    norms, weights = list[Tensor](), list[Tensor]()
+    for hooked in (False, True):
+        model = nn.Sequential(nn.Embedding(V, 8), nn.Linear(8, V, bias=False))
+        optimizer = kind(model.parameters(), lr=0.1)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.copy_(torch.linspace(-1.0, 1.0, p.numel()).view_as(p))
+        if hooked:
+            optimizer.register_step_pre_hook(
+                lambda *_, model=model: norms.append(
+                    torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+                )
+            )
+        custom_step(model, optimizer, max_grad_norm=0.01)([rows()], 0.1)
+        weights.append(model[1].weight.detach())
+    assert float(norms[0]) == pytest.approx(0.01, rel=1e-3)
+    torch.testing.assert_close(weights[1], weights[0])
 
 
 def test_an_empty_step_stays_out_of_the_spike_window_and_is_no_overflow() -> None:

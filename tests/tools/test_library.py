@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau, StepLR
 from torch.utils.data import DataLoader
 
 import fasttrain
-from fasttrain import Callback, TrainConfig, Trainer, checkpoint
+from fasttrain import Callback, TrainConfig, Trainer, checkpoint, train_loop
 from fasttrain.config import LogConfig, LoopConfig, RunConfig, UserError, config_from_dict
 from fasttrain.config.keys import Section
 from fasttrain.library import OBEYED
@@ -321,6 +321,44 @@ def test_labels_that_are_all_ignored_are_warned_of_once() -> None:
     assert len(caught) == 1
     assert trainer.skipped_steps == 8
     assert torch.equal(weights(model), before)
+
+
+@pytest.mark.filterwarnings("ignore:Trainer. step . had no target")
+def test_a_step_without_targets_has_no_loss(tmp_path: Path) -> None:
+    ids = data(1)[0]["input_ids"][None]
+    empty = {"input_ids": ids, "labels": torch.full_like(ids, -100)}
+    losses = []
+    for loader in ([ids, ids], [ids, empty, ids, empty]):
+        model = toy()
+        trainer = Trainer(
+            model, torch.optim.SGD(model.parameters(), lr=0.1), None, None, config(),
+            run_dir=tmp_path / str(len(loader)),
+        )  # fmt: skip
+        losses.append((trainer.train_epoch(loader), trainer.metrics.values("loss")))
+    assert losses[0] == losses[1]
+    assert math.isnan(trainer.train_epoch([empty]))
+    rows = map(json.loads, (tmp_path / "4" / "metrics.jsonl").read_text().splitlines())
+    written = [row["loss"] for row in rows if row["kind"] == "train"]
+    assert [loss is None for loss in written] == [False, True, False, True, True]
+    model = toy()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    recorded = train_loop(model, [ids, empty], optimizer, 1, log_interval=1, device="cpu")
+    assert recorded["steps"] == [1]
+
+
+def test_what_is_frozen_wholly_is_said() -> None:
+    model = toy()
+    trainer = Trainer(model, torch.optim.SGD(model.parameters(), lr=0.1), config=config())
+    model.requires_grad_(False)
+    with pytest.raises(UserError, match=r"no parameter .* requires a gradient.*; unfreeze"):
+        trainer.train([data(1)[0]["input_ids"][None]])
+
+
+def test_a_scheduler_of_another_optimizer_is_refused() -> None:
+    model = toy()
+    optimizer, other = (torch.optim.SGD(model.parameters(), lr=0.1) for _ in range(2))
+    with pytest.raises(UserError, match="scheduler is made for another SGD; make it with"):
+        Trainer(model, optimizer, StepLR(other, 1))
 
 
 def test_train_epoch_returns_the_mean_loss_of_its_steps() -> None:

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 
 from fasttrain import Trainer, train_loop
 from fasttrain.config import UserError
+from fasttrain.distributed.sharding import evaluating
+from fasttrain.distributed.world import World
 from fasttrain.model.transformer import Transformer
 from fasttrain.objective import signature_of
 
@@ -79,6 +82,70 @@ def test_class_weights_make_a_weighted_mean_over_the_whole_step(
     assert criterion.reduction == "mean"  # the caller's own is as it was
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"reduction": "sum"}, {"weight": WEIGHT, "label_smoothing": 0.1}, {"ignore_index": 3}],
+    ids=str,
+)
+def test_a_partial_of_cross_entropy_counts_as_the_module_does(options: dict[str, Any]) -> None:
+    losses = []
+    for criterion in (
+        nn.CrossEntropyLoss(**options),
+        partial(nn.functional.cross_entropy, **options),
+    ):
+        trainer = trainer_of(toy(), criterion, accumulate=2)
+        evaluated = trainer.evaluate([*rows().chunk(2)])["val_loss"]
+        trainer.train([*rows().chunk(2)])
+        losses.append((evaluated, float(trainer.train_step.loss)))
+    assert losses[0] == losses[1]
+
+
+def test_what_is_changed_on_a_criterion_counts_from_then_on() -> None:
+    given = rows()
+    changed = nn.CrossEntropyLoss(weight=torch.ones(V))
+    trainer = trainer_of(toy(), changed)
+    changed.weight, changed.label_smoothing, changed.ignore_index = WEIGHT, 0.5, 3
+    expected = trainer_of(
+        toy(), nn.CrossEntropyLoss(weight=WEIGHT, label_smoothing=0.5, ignore_index=3)
+    )
+    assert trainer.evaluate([given]) == expected.evaluate([given])
+
+
+def test_a_criterion_that_returns_no_single_number_is_refused() -> None:
+    model = toy()
+    for criterion in (nn.CrossEntropyLoss(reduction="none"), lambda logits, targets: None):
+        with pytest.raises(UserError, match=r'criterion: returned .*reduction="mean"'):
+            trainer_of(model, criterion).train([rows()])
+
+
+class Padded(nn.Module):
+    """A model whose last logit is -inf; its auxiliary loss is a mean over tokens other than 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = toy()
+
+    def forward(self, tokens: Tensor) -> dict[str, Tensor]:
+        logits, real = self.inner(tokens), tokens != 0
+        auxiliary = (logits.square().mean(-1) * real).sum() / real.sum()
+        last = torch.tensor([V - 1])
+        return {"logits": logits.index_fill(-1, last, -torch.inf), "aux_loss": auxiliary}
+
+
+@pytest.mark.parametrize("criterion", [None, nn.CrossEntropyLoss()], ids=["default", "own"])
+def test_a_batch_without_targets_adds_nothing_to_its_step(criterion: Any) -> None:
+    some = torch.randint(1, V - 1, (2, 5), generator=torch.Generator().manual_seed(0))
+    batches = [(some, some), (torch.zeros_like(some), torch.full_like(some, -100))]
+    weights = []
+    for n in (1, 2):
+        model = Padded()
+        trainer = trainer_of(model, criterion, accumulate=n)
+        trainer.train(batches[:n])
+        assert trainer.skipped_steps == 0
+        weights.append(model.inner[1].weight.detach())
+    torch.testing.assert_close(weights[1], weights[0])
+
+
 def test_targets_whose_class_weights_are_all_zero_make_no_update() -> None:
     model, data = toy(), rows()
     before = model[1].weight.detach().clone()
@@ -132,6 +199,48 @@ def test_parts_in_evaluation_mode_stay_in_it(how: str) -> None:
     assert {name: module.training for name, module in model.named_modules()} == modes
     for name, tensor in model.encoder.state_dict().items():
         assert torch.equal(tensor, before[name]), name
+
+
+class Merging(nn.Linear):
+    """A linear layer with an addend that is merged into its weight in evaluation mode, as LoRA."""
+
+    merged = False
+
+    def __init__(self, n_in: int, n_out: int) -> None:
+        super().__init__(n_in, n_out)
+        self.addend = nn.Parameter(torch.zeros(n_out, n_in))
+
+    def train(self, mode: bool = True) -> "Merging":
+        super().train(mode)
+        if mode == self.merged:
+            self.weight.data += -self.addend.data if mode else self.addend.data
+            self.merged = not mode
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight if self.merged else self.weight + self.addend
+        return nn.functional.linear(x, weight, self.bias)
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_a_module_with_a_train_of_its_own_is_told_that_an_evaluation_ended(mode: bool) -> None:
+    model = nn.Sequential(nn.Embedding(V, 8), Merging(8, V))
+    model[1].train(mode)
+    trainer = trainer_of(model)
+    trainer.evaluate([rows()])
+    assert model.training
+    assert (model[1].training, model[1].merged) == (mode, not mode)
+    trainer.train([rows()])
+    assert bool(model[1].addend.any()) is mode
+
+
+def test_a_shared_module_has_its_own_mode_after_an_evaluation() -> None:
+    table, head = toy()
+    model = nn.Sequential(table, head, nn.Sequential(table).eval())
+    table.train()
+    with evaluating(model, World()):
+        assert not table.training
+    assert [table.training, model[2].training] == [True, False]
 
 
 def test_a_model_wholly_in_evaluation_mode_is_put_in_training_mode() -> None:

@@ -39,6 +39,20 @@ class Toy(nn.Module):
         return self.head(x)
 
 
+class Seen:
+    def __init__(self):
+        self.steps = []
+
+    def on_step_end(self, trainer):
+        self.steps.append(trainer.step)
+
+    def state_dict(self):
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state):
+        self.steps = state["steps"]
+
+
 def loader(n, batch, shuffle=False):
     ids = torch.randint(V, (n, T), generator=torch.Generator().manual_seed(n))
     rows = [
@@ -98,15 +112,18 @@ for mode in modes:
     for stop in (None, 4):
         place, dropped = folder / f"kept-{mode}-{size}", lambda: Toy(0.3)
         trainer = made(None, dropped, mode, steps=stop or 10)
+        trainer.callbacks += [Seen()] * rank  # of one rank alone
         trainer.train(loader(24, 4, shuffle=True))
         if stop:
             trainer.save_checkpoint(place)
             trainer = made(None, dropped, mode, seed=7)
+            trainer.callbacks += [Seen()] * rank
             trainer.load_checkpoint(place)
             trainer.train(loader(24, 4, shuffle=True))
         numbers = [*trainer.model.parameters(), *trainer.ema.averages.values()]
         results.append([getattr(t, "_local_tensor", t).tolist() for t in numbers])
         results[-1].append(trainer.metrics.values("loss")[-6:])
+        results[-1].append([callback.steps for callback in trainer.callbacks])
     assert results[0] == results[1]
 
 torch.manual_seed(0)

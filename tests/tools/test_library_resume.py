@@ -229,6 +229,121 @@ class Counted(torch.optim.SGD):
                 p.data.add_(p.grad, alpha=-state["rate"])
 
 
+class ScheduleFree(torch.optim.SGD):
+    """Trains at other weights than it evaluates, between which a switch rounds."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, lr)
+        for group in self.param_groups:
+            group["train_mode"] = False
+
+    def _switch(self, factor: float, *, to: bool) -> None:
+        for group in self.param_groups:
+            for p in group["params"] if group["train_mode"] != to else ():
+                p.data.mul_(factor)
+            group["train_mode"] = to
+
+    def train(self) -> None:
+        self._switch(1 / 0.7, to=True)
+
+    def eval(self) -> None:
+        self._switch(0.7, to=False)
+
+
+def test_evaluations_and_saves_change_no_bit_of_an_optimizer_with_modes(tmp_path: Path) -> None:
+    def make(run_dir: Path | None, every: int | None = 2) -> tuple[Trainer, Any]:
+        optimizer = lambda model: ScheduleFree(model.parameters(), lr=0.1)  # noqa: E731
+        trainer = made(run_dir, optimizer, eval={"every_steps": every})
+        return trainer, (DataLoader(rows(), batch_size=4), [rows(4)])
+
+    assert_same_after((4, 7), tmp_path, make)
+    trainer, loaders = make(None, every=None)
+    trainer.train(loaders[0])
+    rarely, _ = make(tmp_path / "straight")
+    rarely.load_checkpoint()
+    for one, other in zip(trainer.model.parameters(), rarely.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_load_model_gives_what_an_optimizer_with_modes_evaluates_at(
+    trains: bool, tmp_path: Path
+) -> None:
+    trainer = made(None, lambda model: ScheduleFree(model.parameters(), lr=0.1))
+    trainer.train([rows()])
+    optimizer: Any = trainer.optimizer
+    if not trains:
+        optimizer.eval()
+    val_loss = trainer.evaluate([rows(4)])
+    assert optimizer.param_groups[0]["train_mode"] is trains
+    groups, _ = trainer._snapshot()
+    assert optimizer.param_groups[0]["train_mode"] is trains
+    other = made(None)
+    other.model.load_state_dict(groups["model"] | groups.get("ema", {}))
+    assert other.evaluate([rows(4)]) == val_loss
+
+
+class Keeps:
+    """A callback that knows all steps that it has seen."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, Any] = {"steps": 0, "mean": torch.zeros(2)}
+
+    def on_step_end(self, trainer: Trainer) -> None:
+        self.seen["steps"] += 1
+        self.seen["mean"] += float(trainer.train_step.loss)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.seen
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.seen = state
+
+
+class Hardening(nn.Module):
+    """A criterion that gets steeper with each call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("factor", torch.ones(()))
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        self.factor *= 1.1
+        return self.factor * nn.functional.cross_entropy(logits, targets)
+
+
+def test_callbacks_and_a_criterion_with_a_state_go_on_with_it(tmp_path: Path) -> None:
+    def make(run_dir: Path | None) -> tuple[Trainer, Any]:
+        trainer = made(
+            run_dir,
+            criterion=Hardening(),
+            callbacks=[Stop(99), Keeps()],
+            checkpoint={"every_steps": 5} if run_dir else {},
+        )
+        return trainer, (DataLoader(rows(), batch_size=4, shuffle=True),)
+
+    assert_same_after((4, 7), tmp_path, make)
+    again, _ = make(None)
+    again.load_checkpoint(next((tmp_path / "straight" / "checkpoints").glob("*00010")))
+    assert again.callbacks[1].seen["steps"] == 10
+    with pytest.raises(UserError, match=r"callbacks: \['Keeps'\] → \[\]"):
+        made(None, criterion=Hardening()).load_checkpoint(tmp_path / "straight")
+    unfit = Keeps()
+    unfit.seen = {"losses": {1.0}}
+    with pytest.raises(UserError, match=r"callbacks\.0\.losses is a set"):
+        made(tmp_path / "unfit", callbacks=[unfit])
+
+
+def test_optimizer_state_of_no_parameter_is_named(tmp_path: Path) -> None:
+    class Global(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:
+            self.state["global"]["n_steps"] = 1
+
+    trainer = made(tmp_path, lambda model: Global(model.parameters(), lr=0.1))
+    with pytest.raises(UserError, match=r"keeps state under 'global', which is no parameter.*;"):
+        trainer.train([rows()])
+
+
 # LBFGS evaluates the loss by itself; SparseAdam takes sparse gradients, which nothing here clips.
 NOT_TRAINED_WITH = {"LBFGS", "SparseAdam", "Optimizer"}
 OPTIMIZERS = {
@@ -409,7 +524,7 @@ def test_R32_a_loader_that_saves_itself_is_asked_to(tmp_path: Path) -> None:
     trainer = made(tmp_path / "unfit")
     with pytest.raises(UserError, match=r"loader\.pages is a set"):
         trainer.train(stream)
-    assert trainer.step == 1  # not at the first save
+    assert trainer.step == 0
 
 
 class Lines(IterableDataset[Tensor]):

@@ -1,5 +1,6 @@
 """`train_loop` against the same loop written out in plain torch."""
 
+import math
 import sys
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -124,6 +125,11 @@ def test_train_loop_names_an_argument_of_a_wrong_kind() -> None:
         (("gpt2", [], optimizer, 1), "train_loop: model is 'gpt2'; pass a torch"),
         ((model, [], optimizer, "1"), "train_loop: num_epochs is '1'; pass an integer"),
         ((model, [], optimizer, 1, "1"), "train_loop: max_grad_norm is '1'; pass a number"),
+        ((model, [], optimizer, 1, -1.0), r"max_grad_norm is -1\.0; pass a number > 0"),
+        (
+            (model, [], optimizer, 1, math.nan),
+            "max_grad_norm is nan; pass a number > 0",
+        ),
         ((model, [], optimizer, 1, 1.0, 0.5), r"train_loop: log_interval is 0\.5; pass an int"),
         ((model, [], "sgd", 1), "optimizer is 'sgd'; give one of"),
     ):
