@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 from fasttrain_kernels import grad_norm, linear_cross_entropy
-from fasttrain_kernels._torch import drop_unreduced_gradients
+from fasttrain_kernels._torch import drop_unreduced_gradients, has_step_hooks
 from fasttrain_kernels.grad_norm import local_tensor
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -234,11 +234,6 @@ class Ema:
 def _wide(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype in which parameters of ``dtype`` are averaged."""
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _has_step_hooks(optimizer: Any) -> bool:
-    """Return whether hooks see an optimizer's step, and with it the gradients. Unknown: False."""
-    return any(getattr(optimizer, f"_optimizer_step_{when}_hooks", 0) for when in ("pre", "post"))
 
 
 def _scale_gradients(optimizer: torch.optim.Optimizer, scale: Tensor) -> None:
@@ -567,7 +562,7 @@ class TrainStep:
             if lr is not None:
                 set_lr(optimizer, lr)
             if getattr(optimizer, "reads_clip_on_device", False):
-                if _has_step_hooks(optimizer):
+                if has_step_hooks(optimizer):
                     _scale_gradients(optimizer, clip)
                     step(found_inf=bad)
                 else:

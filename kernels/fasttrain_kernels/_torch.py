@@ -104,6 +104,11 @@ def is_step_observed(optimizer: Optimizer) -> bool:
     return any(hooks) or bool(_private("_C._autograd._profiler_enabled", lambda: True)())
 
 
+def has_step_hooks(optimizer: Optimizer) -> bool:
+    """Return whether hooks see an optimizer's step, and with it the gradients. Unknown: False."""
+    return any(getattr(optimizer, f"_optimizer_step_{when}_hooks", 0) for when in ("pre", "post"))
+
+
 def held_by(dtensor: torch.Tensor) -> Any:
     """Return a DTensor's shard; ``to_local`` passes the dispatcher for it. Unknown: None."""
     return getattr(dtensor, "_local_tensor", None)
