@@ -249,6 +249,86 @@ def test_a_format_that_is_named_is_the_one_that_is_read(tmp_path: Path) -> None:
     assert texts_of(tmp_path / "b.txt", format="jsonl") == ["one line"]
 
 
+SIX = {f"{n}.txt": f"text {n}".encode() for n in range(6)}
+
+
+def flipped(content: bytes, at: int) -> bytes:
+    return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
+
+
+@pytest.mark.parametrize("at", ["between members", "in a header", "damaged", "behind"])
+@pytest.mark.parametrize("pack", [bytes, gzip.compress], ids=["tar", "tar.gz"])
+def test_a_tar_archive_that_is_cut_or_damaged_is_refused(
+    tmp_path: Path, at: str, pack: Callable[[bytes], bytes]
+) -> None:
+    whole = tar(SIX)
+    content = {
+        "between members": whole[:3072],
+        "in a header": whole[:3272],
+        "damaged": flipped(whole, 3072),
+        "behind": whole + b"more" * 128,
+    }[at]
+    (tmp_path / "in").write_bytes(pack(content))
+    with pytest.raises(DataError, match=r"in: cannot be read .*(cut off|damaged at byte)"):
+        texts_of(tmp_path / "in")
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress], ids=["tar", "tar.gz"])
+def test_tar_archives_one_after_another_are_all_read(
+    tmp_path: Path, pack: Callable[[bytes], bytes]
+) -> None:
+    more = tar({"b.txt": b"more"})
+    (tmp_path / "in").write_bytes(pack(tar(SIX)) + pack(more))
+    assert texts_of(tmp_path / "in") == [f"text {n}" for n in range(6)] + ["more"]
+
+
+def test_a_gzip_checksum_behind_the_end_of_a_tar_archive_is_verified(tmp_path: Path) -> None:
+    content = gzip.compress(tar(SIX))
+    (tmp_path / "in").write_bytes(flipped(content, len(content) - 8))
+    with pytest.raises(DataError, match=r"in: cannot be read .*CRC"):
+        texts_of(tmp_path / "in")
+
+
+@pytest.mark.parametrize("kind", [".gz", ".bz2", ".xz", ".zst"])
+def test_what_follows_a_compressed_stream_is_another_or_refused(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / f"in.txt{kind}"
+    first, second = (PACKED[kind](text * 99) for text in (b"first\n", b"second\n"))
+    path.write_bytes(first + second)
+    assert texts_of(path) == ["first\n" * 99 + "second\n" * 99]
+    for rest in (flipped(second, 0), flipped(second, 2), b"other bytes", second[:-9]):
+        path.write_bytes(first + rest)
+        with pytest.raises(DataError, match=r"in\.txt.*: cannot be read"):
+            texts_of(path)
+    if kind == ".xz":
+        path.write_bytes(first + bytes(8) + second + bytes(4))
+        assert texts_of(path) == ["first\n" * 99 + "second\n" * 99]
+
+
+@pytest.mark.parametrize("archive", ["tar", "tar.gz", "zip"])
+def test_a_format_that_is_named_is_that_of_the_files_in_an_archive(
+    tmp_path: Path, archive: str
+) -> None:
+    members = {"a.txt": LINES.encode(), "b.txt": LINES.encode()}
+    path = tmp_path / f"in.{archive}"
+    path.write_bytes(
+        zipped(members) if archive == "zip" else tar(members, "w:gz" if "gz" in archive else "w")
+    )
+    assert texts_of(path, format="text") == [LINES] * 2
+    assert texts_of(path, format="jsonl") == TEXTS * 2
+
+
+@pytest.mark.parametrize("far", [False, True], ids=["local", "address"])
+@pytest.mark.parametrize("n_chars", [10, 7_000, 200_000])
+def test_long_records_and_blank_lines_between_them_are_json_lines(
+    tmp_path: Path, n_chars: int, far: bool
+) -> None:
+    pytest.importorskip("fsspec", reason="needs the extra remote")
+    path = tmp_path / "long.txt"
+    path.write_text("\n\n".join(json.dumps({"text": f"{n}" * n_chars}) for n in range(4)))
+    found = texts_of(f"file://{path}" if far else path)
+    assert found == [f"{n}" * n_chars for n in range(4)]
+
+
 # ------------------------------------------------------------------ which files
 
 
@@ -412,6 +492,27 @@ def test_few_bad_bytes_are_counted_and_many_behind_a_good_beginning_refused(
     path.write_bytes(line * 10_000 + bad * 3000)
     with pytest.raises(DataError, match=rf"in\.{kind}: not UTF-8: 6,000 of .*--encoding NAME"):
         run(tmp_path / "many", path)
+
+
+def test_a_named_encoding_is_that_of_files_which_do_not_show_another(tmp_path: Path) -> None:
+    text = "Le café est “très” agréable, déjà.\n" * 20
+    for name in ("cp1252", "utf-8", "utf-8-sig", "utf-16"):
+        (tmp_path / f"{name}.txt").write_bytes(text.encode(name))
+        lines = json.dumps({"text": text}, ensure_ascii=False) + "\n"
+        (tmp_path / f"{name}.jsonl").write_bytes(lines.encode(name))
+    assert texts_of(tmp_path, encoding="cp1252") == [text] * 8
+    assert texts_of(tmp_path, encoding="cp1252", format="text")[1::2] == [text] * 4
+
+
+@pytest.mark.parametrize("more", [bytes(50_000), ("wide " * 9_000).encode("utf-16-le")])
+def test_nul_bytes_behind_a_good_beginning_are_bad_bytes(tmp_path: Path, more: bytes) -> None:
+    path = tmp_path / "in.txt"
+    path.write_bytes(b"fine and good\n" * 7_000 + more)
+    with pytest.raises(DataError, match=r"in\.txt: not UTF-8: .*--encoding NAME"):
+        texts_of(path)
+    path.write_bytes(b"fine and good\n" * 7_000 + more[:6].replace(b"w", b"a"))
+    notes = run(tmp_path / "few", path)
+    assert f"bad bytes: {more[:6].count(0)} (" in notes[1]
 
 
 @pytest.mark.parametrize("separator", ["<|endoftext|>", "</s>", "<|im_end|>"])

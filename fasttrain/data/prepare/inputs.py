@@ -34,8 +34,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
+from tarfile import (  # type: ignore[attr-defined]
+    EmptyHeaderError,
+    EOFHeaderError,
+    InvalidHeaderError,
+    ReadError,
+    TruncatedHeaderError,
+)
 from types import SimpleNamespace
-from typing import IO, Any, NamedTuple, cast
+from typing import IO, Any, NamedTuple, Self, cast
 
 from fasttrain.config.untrusted import json_object
 from fasttrain.data import files as store
@@ -43,7 +50,7 @@ from fasttrain.data.files import DataError, is_address, read_range, remote, show
 
 LISTING_S = 600.0  # that a remote folder may take to be listed
 HEAD_BYTES = 1 << 16  # of a file's content, by which it is decided what it is
-FAR_HEAD_BYTES = 1 << 13  # the same at an address
+LONG_HEAD_BYTES = 1 << 23  # the same of a file whose first lines are longer records
 LOOKERS = 16  # threads that look into files at addresses
 TEXT_ENDINGS = (".txt", ".text", ".md", ".rst")
 LINES_ENDINGS = (".jsonl", ".ndjson")
@@ -495,12 +502,10 @@ def _looked(file: File, in_folder: bool, *, format: str, encoding: str) -> tuple
 def look(file: File, *, format: str = "auto", encoding: str = "auto") -> Content:
     """Return what a file holds, by its first bytes and its name; `UnclearError` if not sure."""
     ending, compression = file.endings()
-    n_head = HEAD_BYTES if isinstance(file.path, Path) else FAR_HEAD_BYTES
     with reading(file):
         packed: tuple[str, ...] = ()
         while True:
-            with file.open(n_head) as raw:
-                head = unpacked(raw, packed, file).read(n_head)
+            head = _head(file, packed, HEAD_BYTES)
             kind = next((k for k, magic in _COMPRESSIONS.items() if magic.match(head)), None)
             if kind is None or len(packed) == 3:
                 break
@@ -511,17 +516,15 @@ def look(file: File, *, format: str = "auto", encoding: str = "auto") -> Content
             if compression == ".zst":
                 package("pyarrow", file)
             raise DataError(f"{file}: cannot be read (it is not compressed, as its name says)")
-    is_whole = len(head) < n_head
-    if format != "auto":
-        if encoding == "auto":
-            encoding = _encoding(head, is_whole, file, sure=True)
-        return Content(packed, format, encoding)
+    is_whole = len(head) < HEAD_BYTES
     if head[257:262] == b"ustar":
         return Content(packed, "tar")
     if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
         if packed:
             raise UnclearError(f"{file}: a ZIP archive within a compressed file; unpack it")
         return Content(packed, "zip")
+    if format != "auto":
+        return Content(packed, format, _encoding(head, is_whole, file, encoding, sure=True))
     if head.startswith(b"PAR1") or ending == ".parquet":
         if packed:
             raise UnclearError(f"{file}: compressed Parquet; unpack it")
@@ -531,18 +534,60 @@ def look(file: File, *, format: str = "auto", encoding: str = "auto") -> Content
             raise UnclearError(
                 f"{file}: is {what}; unpack or convert it to text, JSON lines, Parquet"
             )
-    if encoding == "auto":
-        encoding = _encoding(head, is_whole, file)
-    decoder = codecs.getincrementaldecoder(encoding)("replace")
-    text = decoder.decode(head, is_whole).removeprefix("\ufeff")
+    encoding = _encoding(head, is_whole, file, encoding)
+    text = _start(head, is_whole, encoding)
+    if ending in TEXT_ENDINGS and _OBJECT.match(text) and len(_lines(text, is_whole)) < 2:
+        with reading(file):
+            head = _head(file, packed, LONG_HEAD_BYTES)
+        is_whole = len(head) < LONG_HEAD_BYTES
+        text = _start(head, is_whole, encoding)
     return Content(packed, _format(text, is_whole, ending, file), encoding)
 
 
-def _encoding(head: bytes, is_whole: bool, file: File, *, sure: bool = False) -> str:
-    """Return the encoding of a text that begins with `head`; if `sure`, UTF-8 where in doubt."""
+def _head(file: File, packed: Sequence[str], n_bytes: int) -> bytes:
+    with file.open(n_bytes) as raw:
+        return unpacked(raw, packed, file).read(n_bytes)
+
+
+def _start(head: bytes, is_whole: bool, encoding: str) -> str:
+    """Return the text that a file begins with, without its mark and the space before it."""
+    decoder = codecs.getincrementaldecoder(encoding)("replace")
+    return decoder.decode(head, is_whole).removeprefix("\ufeff").lstrip()
+
+
+def _lines(text: str, is_whole: bool) -> list[str]:
+    """Return the lines of a text's beginning that are complete and not blank."""
+    lines = text.split("\n")
+    return [line for line in (lines if is_whole else lines[:-1]) if line.strip()]
+
+
+def _is_single_byte(encoding: str) -> bool:
+    """Return whether each byte is a character, as in cp1252."""
+    new_decoder = codecs.getincrementaldecoder(encoding)
+    return all(len(new_decoder("replace").decode(bytes([byte]))) == 1 for byte in range(256))
+
+
+def _is_utf8(head: bytes, is_whole: bool) -> bool:
+    """Return whether bytes are UTF-8 with characters of several bytes, which is no accident."""
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(head, is_whole)
+    except UnicodeDecodeError:
+        return False
+    return not head.isascii()
+
+
+def _encoding(
+    head: bytes, is_whole: bool, file: File, named: str = "auto", *, sure: bool = False
+) -> str:
+    """Return the encoding of a text that begins with `head`; if `sure`, UTF-8 where in doubt.
+
+    A `named` one is that of a text without a mark that is not certainly UTF-8.
+    """
     for mark, name in _BOMS.items():
         if head.startswith(mark):
             return name
+    if named != "auto":
+        return "utf-8" if _is_single_byte(named) and _is_utf8(head, is_whole) else named
     n_nul = head.count(0)
     if n_nul > MAX_BAD_SHARE * len(head):
         names = ("utf-32-le", "utf-32-be", "utf-16-le", "utf-16-be")
@@ -603,15 +648,13 @@ def _is_plausible(head: bytes, is_whole: bool, encoding: str) -> bool:
     return sum(map(text.count, odd)) <= MAX_BAD_SHARE * len(text)
 
 
-def _format(text: str, is_whole: bool, ending: str, file: File) -> str:
-    start = text.lstrip()
+def _format(start: str, is_whole: bool, ending: str, file: File) -> str:
     if _ARRAY.match(start):
         return "json"
     if ending in LINES_ENDINGS:
         return "json" if re.match(r"\{\s*\n\s*" + _KEY, start) else "jsonl"
-    lines = start.split("\n", 2)
-    complete = lines if is_whole else lines[:-1]
-    are_objects = [json_object(line) is not None for line in complete[:2] if line.strip()]
+    complete = _lines(start, is_whole)
+    are_objects = [json_object(line) is not None for line in complete[:2]]
     if ending in TEXT_ENDINGS:  # one line alone may be an example of something
         return "jsonl" if are_objects == [True, True] else "text"
     if are_objects[:1] == [True] or (not complete and _OBJECT.match(start)):
@@ -654,7 +697,42 @@ def package(name: str, file: File) -> Any:
         raise DataError(f"{file}: to read it run: pip install pyarrow") from error
 
 
-_OPENERS: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+class _Streams(io.RawIOBase):
+    """Reads the compressed streams in a file, one after another.
+
+    `BZ2File` and `LZMAFile` ignore whatever follows a stream and does not begin another.
+    """
+
+    def __init__(self, raw: IO[bytes], new_decoder: Callable[[], Any], padding: bytes) -> None:
+        self._raw, self._new_decoder, self._padding = raw, new_decoder, padding
+        self._decoder = new_decoder()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        content = b""
+        while not content:
+            block = self._decoder.unused_data if self._decoder.eof else b""
+            if self._decoder.eof:
+                while not (block := block.lstrip(self._padding)):
+                    if not (block := self._raw.read(1 << 17)):
+                        return 0
+                self._decoder = self._new_decoder()
+            elif self._decoder.needs_input and not (block := self._raw.read(1 << 17)):
+                raise EOFError
+            content = self._decoder.decompress(block, len(buffer))
+        buffer[: len(content)] = content
+        return len(content)
+
+
+_OPENERS: dict[str, Callable[[IO[bytes]], Any]] = {
+    ".gz": gzip.open,
+    ".bz2": partial(_Streams, new_decoder=bz2.BZ2Decompressor, padding=b""),
+    ".xz": partial(
+        _Streams, new_decoder=partial(lzma.LZMADecompressor, lzma.FORMAT_XZ), padding=b"\0"
+    ),
+}
 
 
 def unpacked(raw: IO[bytes], packed: Sequence[str], file: File) -> IO[bytes]:
@@ -685,7 +763,8 @@ def members(file: File, content: Content, show: Callable[[int], None]) -> Iterat
                         show(raw.tell())
             return
         stream = unpacked(raw, content.packed, file)
-        with tarfile.open(fileobj=stream, mode="r|") as tape:
+        # After the blocks of zeros that end an archive, another may follow.
+        with _Tape.open(fileobj=stream, mode="r|", ignore_zeros=True) as tape:
             for entry in tape:
                 if entry.isreg() and _is_seen(entry.name):
                     part = tape.extractfile(entry)
@@ -695,6 +774,36 @@ def members(file: File, content: Content, show: Callable[[int], None]) -> Iterat
                         copy.write(block)
                     yield _member(file, entry.name, entry.size, copy.open)
                 show(raw.tell())
+
+
+class _Header(tarfile.TarInfo):
+    """A header in a tar archive; `tarfile` takes one that is damaged for the end of the archive."""
+
+    @classmethod
+    def fromtarfile(cls, tarfile: tarfile.TarFile) -> Self:
+        assert isinstance(tarfile, _Tape)
+        try:
+            header = super().fromtarfile(tarfile)
+        except EOFHeaderError:
+            tarfile.has_ended = True
+            raise
+        except EmptyHeaderError as error:
+            if tarfile.has_ended:
+                raise
+            raise ReadError("it is cut off: the archive has no end; get it anew") from error
+        except (InvalidHeaderError, TruncatedHeaderError) as error:
+            raise ReadError(
+                f"the archive is damaged at byte {tarfile.offset:,}: {error}"
+            ) from error
+        tarfile.has_ended = False
+        return header
+
+
+class _Tape(tarfile.TarFile):
+    """A tar archive, or several one after another, in which what is damaged is an error."""
+
+    tarinfo = _Header
+    has_ended = False  # nothing but zeros has come since the last member
 
 
 def _is_seen(name: str) -> bool:
@@ -733,7 +842,7 @@ class Transcoded(io.RawIOBase):
 
 
 class Decoder:
-    """Decodes a text block by block; what is not valid becomes U+FFFD and is counted."""
+    """Decodes a text block by block; what is not valid, or NUL, becomes U+FFFD and counts."""
 
     def __init__(self, encoding: str) -> None:
         name = "utf-8-sig" if codecs.lookup(encoding).name == "utf-8" else encoding
@@ -748,7 +857,8 @@ class Decoder:
             if self._skips_mark and text:
                 self._skips_mark = False
                 text = text.removeprefix("\ufeff")
-            return text, 0, 0
+            n_lines = text.partition("\0")[0].count("\n") if "\0" in text else 0
+            return text.replace("\0", "\ufffd"), text.count("\0"), n_lines
         except UnicodeDecodeError as error:
             n_lines = error.object[: error.start].count(b"\n")
         texts = []
@@ -757,7 +867,8 @@ class Decoder:
             decoder.errors = errors
             texts.append(decoder.decode(block, not block))
         decoder.errors = "strict"
-        return texts[1], texts[1].count("\ufffd") - texts[0].count("\ufffd"), n_lines
+        n_bad = texts[1].count("\ufffd") - texts[0].count("\ufffd") + texts[1].count("\0")
+        return texts[1].replace("\0", "\ufffd"), n_bad, n_lines
 
     def decode_all(self, content: bytes) -> tuple[str, int]:
         """Return a whole text, and how many of its bytes are not valid."""
