@@ -361,6 +361,48 @@ def test_one_rule_says_which_files_a_folder_and_a_glob_mean(tmp_path: Path) -> N
     assert "3 hidden: " in notes[0]
 
 
+@pytest.mark.parametrize("kind", ["tar", "zip"])
+def test_what_is_left_out_of_an_archive_is_told_with_its_name(tmp_path: Path, kind: str) -> None:
+    packed = io.BytesIO()
+    names = ("../a.txt", ".hidden/b.txt", "c.txt")
+    if kind == "tar":
+        with tarfile.open(fileobj=packed, mode="w") as archive:
+            for name in names:
+                info = tarfile.TarInfo(name)
+                info.size = len(name)
+                archive.addfile(info, io.BytesIO(name.encode()))
+            link = tarfile.TarInfo("link.txt")
+            link.type, link.linkname = tarfile.SYMTYPE, "c.txt"
+            archive.addfile(link)
+    else:
+        with zipfile.ZipFile(packed, "w") as archive:
+            for name in names:
+                archive.writestr(name, name)
+            entry = zipfile.ZipInfo("link.txt")
+            entry.external_attr = 0o120777 << 16
+            archive.writestr(entry, "c.txt")
+    (tmp_path / "in").write_bytes(packed.getvalue())
+    assert texts_of(tmp_path / "in") == ["../a.txt", "c.txt"]
+    notes = run(tmp_path / "out", tmp_path / "in")
+    for name, reason in ((".hidden/b.txt", "hidden"), ("link.txt", "a link")):
+        assert f"Left out {tmp_path}/in/{name}: {reason}" in notes
+        assert f"files in archives: {reason} (left out): 1" in notes
+
+
+def test_names_that_no_user_or_pattern_has_are_files_or_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("~nobody-of-this-name.txt").write_text("a text")
+    assert texts_of("~nobody-of-this-name.txt") == ["a text"]
+    for name, problem in (("~no-such-user/x", "no such file"), ("", "names nothing")):
+        with pytest.raises(DataError, match=problem):
+            find_files([name])
+    pytest.importorskip("fsspec", reason="needs the extra remote")
+    with pytest.raises(DataError, match="stands for whole folders"):
+        find_files([f"file://{tmp_path}/**.jsonl"])
+
+
 def test_what_cannot_be_read_is_an_error_that_names_it(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in/a.txt").write_text("a")
@@ -527,12 +569,34 @@ def test_separators_in_the_text_are_told_and_end_documents_if_asked_for(
     notes = run(tmp_path / "one", path)
     (told,) = (line for line in notes if line.startswith("The text holds"))
     assert f"--separator '{separator}'" in told
-    assert f"{separator} in samples of the text: 50" in notes
+    assert f"{separator} in the text: 50" in notes
     assert texts_of(path) == [text]
     assert texts_of(path, separator=separator) == parts
     notes = run(tmp_path / "many", path, separator=separator)
     assert open_dataset(tmp_path / "many", "train").n_documents == 50
     assert not any(separator in line for line in notes)
+
+
+def test_a_separator_in_the_middle_of_a_long_text_is_told(tmp_path: Path) -> None:
+    (tmp_path / "in.txt").write_text("a line\n" * 5000 + "<|endoftext|>" + "a line\n" * 5000)
+    assert "<|endoftext|> in the text: 1" in run(tmp_path / "out", tmp_path / "in.txt")
+
+
+@pytest.mark.parametrize("encoding", ["undefined", "idna", "punycode"])
+def test_a_codec_that_is_no_encoding_of_texts_is_refused(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "in.txt").write_text("a text")
+    with pytest.raises(DataError, match=f"--encoding {encoding}: there is no such encoding"):
+        run(tmp_path / "out", tmp_path / "in.txt", encoding=encoding)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
+def test_an_encoding_that_needs_a_mark_is_refused_without_one(
+    tmp_path: Path, encoding: str
+) -> None:
+    (tmp_path / "in.txt").write_text("a text é")
+    for format in ("auto", "text"):
+        with pytest.raises(DataError, match=rf"in\.txt: has no byte order mark.*{encoding}-le"):
+            texts_of(tmp_path / "in.txt", encoding=encoding, format=format)
 
 
 def test_a_separator_may_be_an_empty_line(tmp_path: Path) -> None:
@@ -580,6 +644,14 @@ def test_columns_of_parquet_are_text_or_named_by_their_type(tmp_path: Path) -> N
     ):
         write(column)
         assert texts_of(path) == TEXTS
+    invalid = pa.array([b"\xe9\xe8"] * len(TEXTS)).view(pa.string())
+    write(invalid)
+    with pytest.raises(DataError, match=r"in\.parquet: cannot be read \('utf-8' codec"):
+        texts_of(path)
+    two = pa.Table.from_arrays([pa.array(TEXTS)] * 2, names=["text", "text"])
+    parquet.write_table(two, path)
+    with pytest.raises(DataError, match="several columns 'text'"):
+        texts_of(path)
     write(pa.array([{"raw": text} for text in TEXTS]))
     with pytest.raises(DataError, match=r"holds struct<.*--text-field text\.raw"):
         texts_of(path)

@@ -336,7 +336,7 @@ def _facts(path: Path) -> os.stat_result:
 
 
 def _find_local(name: str, finder: _Finder) -> None:
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # as it is where there is no such user
     if os.path.lexists(path):
         matches = [path]
         if path.is_dir():
@@ -373,7 +373,11 @@ def _find_remote(address: str, finder: _Finder) -> None:
     else:
         root = path[: path.rindex("/", 0, magic.start()) + 1]
         pattern = path[len(root) :]
-        translated = importlib.import_module("fsspec.utils").glob_translate(pattern)
+        try:
+            translated = importlib.import_module("fsspec.utils").glob_translate(pattern)
+        except ValueError as error:
+            remedy = "`**` stands for whole folders, as in **/*.jsonl"
+            raise DataError(f"--input {shown(address)}: {error}; {remedy}") from error
         fits = re.compile(translated).match
         depth = math.inf if "**" in pattern else pattern.count("/") + 1
         entries = list(
@@ -440,6 +444,8 @@ def find_files(inputs: Sequence[str], *, format: str = "auto", encoding: str = "
     keys_of: dict[str, set[object]] = {}
     for name in dict.fromkeys(inputs):
         finder.touched = set()
+        if not name:
+            raise DataError("--input '': names nothing; the current folder is --input .")
         if name == "-":
             if "-" not in finder.files:
                 finder.add("-", _copied(sys.stdin.buffer, "standard input"), in_folder=False)
@@ -586,6 +592,9 @@ def _encoding(
     for mark, name in _BOMS.items():
         if head.startswith(mark):
             return name
+    if named in ("utf-16", "utf-32"):
+        problem = f"has no byte order mark, which --encoding {named} expects"
+        raise DataError(f"{file}: {problem}; name {named}-le or {named}-be")
     if named != "auto":
         return "utf-8" if _is_single_byte(named) and _is_utf8(head, is_whole) else named
     n_nul = head.count(0)
@@ -675,7 +684,7 @@ def reading(file: File) -> Iterator[None]:
     """Name the file in errors of reading it, also where a document is read later."""
     try:
         yield
-    except (OSError, EOFError, zlib.error, lzma.LZMAError, *_ARCHIVE_ERRORS) as error:
+    except (OSError, EOFError, UnicodeError, zlib.error, lzma.LZMAError, *_ARCHIVE_ERRORS) as error:
         why: object = error
         text = str(error)
         if (
@@ -748,16 +757,30 @@ def unpacked(raw: IO[bytes], packed: Sequence[str], file: File) -> IO[bytes]:
     return raw
 
 
-def members(file: File, content: Content, show: Callable[[int], None]) -> Iterator[File]:
+def members(
+    file: File,
+    content: Content,
+    show: Callable[[int], None],
+    leave_out: Callable[[str, str], None],
+) -> Iterator[File]:
     """Yield the files in an archive, which are read before the next; call `show` with bytes read.
 
-    As in a folder, hidden ones are left out. Those of a tar archive are copied to a temporary file.
+    As in a folder, hidden ones are left out; so are links. `leave_out` is called with the reason
+    and the name. Those of a tar archive are copied to a temporary file.
     """
+
+    def is_taken(name: str, is_link: bool) -> bool:
+        reason = "a link" if is_link else "hidden" if _is_hidden(name) else ""
+        if reason:
+            leave_out(reason, f"{file}/{name}")
+        return not reason
+
     with file.open() as raw:
         if content.format == "zip":
             with zipfile.ZipFile(raw) as archive:
                 for info in archive.infolist():
-                    if not info.is_dir() and _is_seen(info.filename):
+                    is_link = stat.S_ISLNK(info.external_attr >> 16)
+                    if not info.is_dir() and is_taken(info.filename, is_link):
                         opener = partial(archive.open, info)
                         yield _member(file, info.filename, info.file_size, opener)
                         show(raw.tell())
@@ -766,7 +789,8 @@ def members(file: File, content: Content, show: Callable[[int], None]) -> Iterat
         # After the blocks of zeros that end an archive, another may follow.
         with _Tape.open(fileobj=stream, mode="r|", ignore_zeros=True) as tape:
             for entry in tape:
-                if entry.isreg() and _is_seen(entry.name):
+                is_link = entry.issym() or entry.islnk()
+                if (entry.isreg() or is_link) and is_taken(entry.name, is_link):
                     part = tape.extractfile(entry)
                     assert part is not None
                     copy = _Unnamed()
@@ -806,9 +830,9 @@ class _Tape(tarfile.TarFile):
     has_ended = False  # nothing but zeros has come since the last member
 
 
-def _is_seen(name: str) -> bool:
-    parts = PurePosixPath(name).parts
-    return not any(part.startswith(".") or part == "__MACOSX" for part in parts)
+def _is_hidden(name: str) -> bool:
+    parts = [part for part in PurePosixPath(name).parts if part != ".."]
+    return any(part.startswith(".") or part == "__MACOSX" for part in parts)
 
 
 def _member(file: File, name: str, size: int, opener: Callable[[], IO[bytes]]) -> File:

@@ -77,7 +77,6 @@ SEPARATORS = (
     "</s>",
     "<eos>",
 )
-SAMPLE_CHARS = 4096  # of each end of a piece, in which they are looked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +120,7 @@ class Source:
         # Called with each line that a user should see before the end.
         self.note: Callable[[str], None] = lambda line: None
         self._is_binary: bool | None = None  # the column of the text in Parquet
-        self._told: set[str] = set()  # separators of which they were told
+        self._told: set[str] = set()  # of which they were told: separators, reasons to leave out
         self._before = 0  # of `n_bytes`, in the files before this one
         self._file: File | None = None  # being read
 
@@ -142,17 +141,16 @@ class Source:
         self.problems[reason] += 1
 
     def sample(self, text: str) -> None:
-        """Look into the ends of a text for what separates documents elsewhere."""
-        for end in (text[:SAMPLE_CHARS], text[max(SAMPLE_CHARS, len(text) - SAMPLE_CHARS) :]):
-            for separator in SEPARATORS if "<" in end else ():
-                if n_times := end.count(separator):
-                    self.problems[f"{separator} in samples of the text"] += n_times
-                    if separator not in self._told:
-                        self._told.add(separator)
-                        remedy = f"--separator '{separator}' ends a document there"
-                        self.note(
-                            f"The text holds {separator}, which is encoded as characters: {remedy}"
-                        )
+        """Look into a text for what separates documents elsewhere."""
+        for separator in SEPARATORS if "<" in text else ():
+            if n_times := text.count(separator):
+                self.problems[f"{separator} in the text"] += n_times
+                if separator not in self._told:
+                    self._told.add(separator)
+                    remedy = f"--separator '{separator}' ends a document there"
+                    self.note(
+                        f"The text holds {separator}, which is encoded as characters: {remedy}"
+                    )
 
     def documents(self) -> Iterator[Document]:
         """All documents in order, empty ones left out."""
@@ -184,7 +182,7 @@ class Source:
         self._judge(file, self.problems[BAD_BYTES] - n_bad, self.n_read - n_before)
 
     def _archived(self, file: File, archive: Content) -> Iterator[Document]:
-        for member in members(file, archive, partial(self._show, file)):
+        for member in members(file, archive, partial(self._show, file), self._leave_out):
             with reading(member):
                 is_known = member.endings()[0] in KNOWN
                 try:
@@ -200,6 +198,13 @@ class Source:
                     self.problems[NO_TEXT_FILES] += 1
                     continue
                 yield from self._documents(replace(member, content=content))
+
+    def _leave_out(self, reason: str, name: str) -> None:
+        """Count a file in an archive that is left out; tell the first for each reason."""
+        self.problems[f"files in archives: {reason} (left out)"] += 1
+        if reason not in self._told:
+            self._told.add(reason)
+            self.note(f"Left out {name}: {reason}")
 
     def _show(self, file: File, at: int) -> None:
         if file is self._file:  # not a part of it
@@ -384,6 +389,8 @@ class Source:
         remedy = f"name one: --text-field {', '.join(schema.names)}"
         if name not in schema.names:
             raise DataError(f"{file}: no column {self.field!r}; {remedy}")
+        if schema.names.count(name) > 1:
+            raise DataError(f"{file}: has several columns {name!r}; rename all but one")
         kind = schema.field(name).type
         for step in inner:
             names = [part.name for part in kind] if str(kind).startswith("struct") else []
