@@ -605,6 +605,27 @@ def test_a_separator_may_be_an_empty_line(tmp_path: Path) -> None:
     assert open_dataset(tmp_path / "out", "train").n_documents == 3
 
 
+@pytest.mark.parametrize("kind", ["txt", "jsonl"])
+@pytest.mark.parametrize("piece_chars", [1, 2, 3, 1 << 18])
+def test_the_end_of_a_line_in_a_separator_may_be_that_of_windows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, piece_chars: int
+) -> None:
+    monkeypatch.setattr(sources, "PIECE_CHARS", piece_chars)
+    text = "one\r\nmore\r\n\r\ntwo\n\nthree"
+    content = json.dumps({"text": text}) if kind == "jsonl" else text
+    (tmp_path / f"in.{kind}").write_bytes(content.encode())
+    assert texts_of(tmp_path / f"in.{kind}", separator="\n\n") == ["one\r\nmore", "two", "three"]
+
+
+def test_a_separator_that_the_text_does_not_hold_is_told(tmp_path: Path) -> None:
+    (tmp_path / "in.txt").write_text("one<eos>two")
+    told = "ends no document: the text does not hold it"
+    notes = run(tmp_path / "none", tmp_path / "in.txt", separator="</s>")
+    assert [line for line in notes if told in line] == [f"--separator '</s>' {told}"]
+    notes = run(tmp_path / "some", tmp_path / "in.txt", separator="<eos>")
+    assert not any(told in line for line in notes)
+
+
 # ------------------------------------------------------------------ records
 
 

@@ -106,6 +106,9 @@ class Source:
     ) -> None:
         self.field, self.strict = field, strict
         self.format, self.encoding, self.separator = format, encoding, separator
+        # The end of a line may be that of Windows.
+        self._ends = re.compile(re.escape(separator).replace("\\\n", "\r?\n"))
+        self._has_separator = False  # in what this pass has read
         self.files = [
             replace(file, content=look(file, format=format, encoding=encoding))
             if file.content is None
@@ -156,6 +159,7 @@ class Source:
         """All documents in order, empty ones left out."""
         self.problems.clear()
         self.done_bytes = self._before = self.n_read = 0
+        self._has_separator = False
         for file in self.files:
             self._file = file
             with reading(file):
@@ -163,6 +167,9 @@ class Source:
                 file.check_unchanged()
             self.done_bytes = self._before = self._before + file.size
         self._judge("the input", self.problems[BAD_BYTES], self.n_read)
+        if self.separator and not self._has_separator and self.separator not in self._told:
+            self._told.add(self.separator)
+            self.note(f"--separator {self.separator!r} ends no document: the text does not hold it")
 
     def _judge(self, what: object, n_bad: int, n_bytes: int) -> None:
         """Refuse a text of another encoding, unless one was named."""
@@ -228,10 +235,11 @@ class Source:
         rest, line = "", 1
         is_first = True
         for block in self._decoded(file, content, _Counted()):
-            unseen = max(len(rest) - len(separator), 0)
+            unseen = max(len(rest) - 2 * len(separator), 0)
             rest += block
-            if rest.find(separator, unseen) >= 0:
-                *parts, rest = rest.split(separator)
+            if self._ends.search(rest, unseen):
+                self._has_separator = True
+                *parts, rest = self._ends.split(rest)
                 for part in parts:
                     yield from self._part(part, f"{file}:{line}", is_first)
                     line += part.count("\n") + separator.count("\n")
@@ -435,8 +443,9 @@ class Source:
             text = re.sub("[\ud800-\udfff]", "\ufffd", text)
         if not text:
             self._problem(EMPTY, where)
-        elif self.separator and self.separator in text:
-            for number, part in enumerate(text.split(self.separator)):
+        elif self.separator and self._ends.search(text):
+            self._has_separator = True
+            for number, part in enumerate(self._ends.split(text)):
                 yield from self._part(part, where, number == 0)
         else:
             yield Document(where, partial(_pieces, [text]))
