@@ -361,6 +361,28 @@ def test_one_rule_says_which_files_a_folder_and_a_glob_mean(tmp_path: Path) -> N
     assert "3 hidden: " in notes[0]
 
 
+def test_a_glob_lists_what_is_hidden_and_refuses_folders_it_cannot_list(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a/one.txt", "b/two.txt", "b/.three.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    files, left_out = find_files([f"{tmp_path}/*/*.txt"])
+    assert [Path(file.path).name for file in files] == ["one.txt", "two.txt"]
+    assert left_out == {"hidden": {f"{tmp_path}/b/.three.txt": None}}
+    listed = os.listdir
+
+    def refusing(folder: Path) -> list[str]:
+        if folder.name == "b":
+            raise PermissionError(13, "Permission denied")
+        return listed(folder)
+
+    monkeypatch.setattr(os, "listdir", refusing)
+    for pattern in ("*/*.txt", "**/*.txt"):
+        with pytest.raises(DataError, match=r"/b: cannot be listed \(Permission denied\)"):
+            find_files([f"{tmp_path}/{pattern}"])
+
+
 @pytest.mark.parametrize("kind", ["tar", "zip"])
 def test_what_is_left_out_of_an_archive_is_told_with_its_name(tmp_path: Path, kind: str) -> None:
     packed = io.BytesIO()

@@ -12,6 +12,7 @@ refused with the option that settles it.
 
 import bz2
 import codecs
+import fnmatch
 import glob
 import gzip
 import hashlib
@@ -296,11 +297,7 @@ class _Finder:
         key = (facts.st_dev, facts.st_ino)
         if key in above:
             return
-        try:
-            names = sorted(os.listdir(folder))
-        except OSError as error:
-            raise DataError(f"{folder}: cannot be listed ({error.strerror})") from error
-        for name in names:
+        for name in _names_in(folder):
             path = folder / name
             if name.startswith("."):
                 self.leave_out("hidden", path)
@@ -314,15 +311,38 @@ class _Finder:
         """Yield what fits a glob; `**` is any number of folders, none of them hidden."""
         parts = pattern.parts
         if "**" not in parts:
-            yield from map(Path, glob.glob(str(pattern)))
+            yield from self.expanded(parts)
             return
         at = parts.index("**")
         rest = parts[at + 1 :] or ("*",)
-        for root in map(Path, glob.glob(str(Path(*parts[:at]))) if at else ["."]):
+        for root in self.expanded(parts[:at]) if at else [Path()]:
             if root.is_dir():
                 folders = [root, *(path for path, is_folder in self.walk(root) if is_folder)]
                 for folder in folders:
                     yield from self.matches(Path(glob.escape(str(folder)), *rest))
+
+    def expanded(self, parts: Sequence[str]) -> list[Path]:
+        """Return what fits a glob without `**`; `glob.glob` ignores folders it cannot list."""
+        paths = [Path()]
+        for part in parts:
+            if not glob.has_magic(part):
+                paths = [path / part for path in paths if os.path.lexists(path / part)]
+                continue
+            folders, paths = [path for path in paths if path.is_dir()], []
+            for folder in folders:
+                for name in fnmatch.filter(_names_in(folder), part):
+                    if name.startswith(".") and not part.startswith("."):
+                        self.leave_out("hidden", folder / name)
+                    else:
+                        paths.append(folder / name)
+        return paths
+
+
+def _names_in(folder: Path) -> list[str]:
+    try:
+        return sorted(os.listdir(folder))
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be listed ({error.strerror})") from error
 
 
 def _facts(path: Path) -> os.stat_result:
