@@ -249,6 +249,86 @@ def test_a_format_that_is_named_is_the_one_that_is_read(tmp_path: Path) -> None:
     assert texts_of(tmp_path / "b.txt", format="jsonl") == ["one line"]
 
 
+SIX = {f"{n}.txt": f"text {n}".encode() for n in range(6)}
+
+
+def flipped(content: bytes, at: int) -> bytes:
+    return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
+
+
+@pytest.mark.parametrize("at", ["between members", "in a header", "damaged", "behind"])
+@pytest.mark.parametrize("pack", [bytes, gzip.compress], ids=["tar", "tar.gz"])
+def test_a_tar_archive_that_is_cut_or_damaged_is_refused(
+    tmp_path: Path, at: str, pack: Callable[[bytes], bytes]
+) -> None:
+    whole = tar(SIX)
+    content = {
+        "between members": whole[:3072],
+        "in a header": whole[:3272],
+        "damaged": flipped(whole, 3072),
+        "behind": whole + b"more" * 128,
+    }[at]
+    (tmp_path / "in").write_bytes(pack(content))
+    with pytest.raises(DataError, match=r"in: cannot be read .*(cut off|damaged at byte)"):
+        texts_of(tmp_path / "in")
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress], ids=["tar", "tar.gz"])
+def test_tar_archives_one_after_another_are_all_read(
+    tmp_path: Path, pack: Callable[[bytes], bytes]
+) -> None:
+    more = tar({"b.txt": b"more"})
+    (tmp_path / "in").write_bytes(pack(tar(SIX)) + pack(more))
+    assert texts_of(tmp_path / "in") == [f"text {n}" for n in range(6)] + ["more"]
+
+
+def test_a_gzip_checksum_behind_the_end_of_a_tar_archive_is_verified(tmp_path: Path) -> None:
+    content = gzip.compress(tar(SIX))
+    (tmp_path / "in").write_bytes(flipped(content, len(content) - 8))
+    with pytest.raises(DataError, match=r"in: cannot be read .*CRC"):
+        texts_of(tmp_path / "in")
+
+
+@pytest.mark.parametrize("kind", [".gz", ".bz2", ".xz", ".zst"])
+def test_what_follows_a_compressed_stream_is_another_or_refused(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / f"in.txt{kind}"
+    first, second = (PACKED[kind](text * 99) for text in (b"first\n", b"second\n"))
+    path.write_bytes(first + second)
+    assert texts_of(path) == ["first\n" * 99 + "second\n" * 99]
+    for rest in (flipped(second, 0), flipped(second, 2), b"other bytes", second[:-9]):
+        path.write_bytes(first + rest)
+        with pytest.raises(DataError, match=r"in\.txt.*: cannot be read"):
+            texts_of(path)
+    if kind == ".xz":
+        path.write_bytes(first + bytes(8) + second + bytes(4))
+        assert texts_of(path) == ["first\n" * 99 + "second\n" * 99]
+
+
+@pytest.mark.parametrize("archive", ["tar", "tar.gz", "zip"])
+def test_a_format_that_is_named_is_that_of_the_files_in_an_archive(
+    tmp_path: Path, archive: str
+) -> None:
+    members = {"a.txt": LINES.encode(), "b.txt": LINES.encode()}
+    path = tmp_path / f"in.{archive}"
+    path.write_bytes(
+        zipped(members) if archive == "zip" else tar(members, "w:gz" if "gz" in archive else "w")
+    )
+    assert texts_of(path, format="text") == [LINES] * 2
+    assert texts_of(path, format="jsonl") == TEXTS * 2
+
+
+@pytest.mark.parametrize("far", [False, True], ids=["local", "address"])
+@pytest.mark.parametrize("n_chars", [10, 7_000, 200_000])
+def test_long_records_and_blank_lines_between_them_are_json_lines(
+    tmp_path: Path, n_chars: int, far: bool
+) -> None:
+    pytest.importorskip("fsspec", reason="needs the extra remote")
+    path = tmp_path / "long.txt"
+    path.write_text("\n\n".join(json.dumps({"text": f"{n}" * n_chars}) for n in range(4)))
+    found = texts_of(f"file://{path}" if far else path)
+    assert found == [f"{n}" * n_chars for n in range(4)]
+
+
 # ------------------------------------------------------------------ which files
 
 
@@ -279,6 +359,70 @@ def test_one_rule_says_which_files_a_folder_and_a_glob_mean(tmp_path: Path) -> N
     notes = run(tmp_path / "ds", folder)
     assert notes[0].startswith("Found 3 files (")
     assert "3 hidden: " in notes[0]
+
+
+def test_a_glob_lists_what_is_hidden_and_refuses_folders_it_cannot_list(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a/one.txt", "b/two.txt", "b/.three.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    files, left_out = find_files([f"{tmp_path}/*/*.txt"])
+    assert [Path(file.path).name for file in files] == ["one.txt", "two.txt"]
+    assert left_out == {"hidden": {f"{tmp_path}/b/.three.txt": None}}
+    listed = os.listdir
+
+    def refusing(folder: Path) -> list[str]:
+        if folder.name == "b":
+            raise PermissionError(13, "Permission denied")
+        return listed(folder)
+
+    monkeypatch.setattr(os, "listdir", refusing)
+    for pattern in ("*/*.txt", "**/*.txt"):
+        with pytest.raises(DataError, match=r"/b: cannot be listed \(Permission denied\)"):
+            find_files([f"{tmp_path}/{pattern}"])
+
+
+@pytest.mark.parametrize("kind", ["tar", "zip"])
+def test_what_is_left_out_of_an_archive_is_told_with_its_name(tmp_path: Path, kind: str) -> None:
+    packed = io.BytesIO()
+    names = ("../a.txt", ".hidden/b.txt", "c.txt")
+    if kind == "tar":
+        with tarfile.open(fileobj=packed, mode="w") as archive:
+            for name in names:
+                info = tarfile.TarInfo(name)
+                info.size = len(name)
+                archive.addfile(info, io.BytesIO(name.encode()))
+            link = tarfile.TarInfo("link.txt")
+            link.type, link.linkname = tarfile.SYMTYPE, "c.txt"
+            archive.addfile(link)
+    else:
+        with zipfile.ZipFile(packed, "w") as archive:
+            for name in names:
+                archive.writestr(name, name)
+            entry = zipfile.ZipInfo("link.txt")
+            entry.external_attr = 0o120777 << 16
+            archive.writestr(entry, "c.txt")
+    (tmp_path / "in").write_bytes(packed.getvalue())
+    assert texts_of(tmp_path / "in") == ["../a.txt", "c.txt"]
+    notes = run(tmp_path / "out", tmp_path / "in")
+    for name, reason in ((".hidden/b.txt", "hidden"), ("link.txt", "a link")):
+        assert f"Left out {tmp_path}/in/{name}: {reason}" in notes
+        assert f"files in archives: {reason} (left out): 1" in notes
+
+
+def test_names_that_no_user_or_pattern_has_are_files_or_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("~nobody-of-this-name.txt").write_text("a text")
+    assert texts_of("~nobody-of-this-name.txt") == ["a text"]
+    for name, problem in (("~no-such-user/x", "no such file"), ("", "names nothing")):
+        with pytest.raises(DataError, match=problem):
+            find_files([name])
+    pytest.importorskip("fsspec", reason="needs the extra remote")
+    with pytest.raises(DataError, match="stands for whole folders"):
+        find_files([f"file://{tmp_path}/**.jsonl"])
 
 
 def test_what_cannot_be_read_is_an_error_that_names_it(tmp_path: Path) -> None:
@@ -414,6 +558,27 @@ def test_few_bad_bytes_are_counted_and_many_behind_a_good_beginning_refused(
         run(tmp_path / "many", path)
 
 
+def test_a_named_encoding_is_that_of_files_which_do_not_show_another(tmp_path: Path) -> None:
+    text = "Le café est “très” agréable, déjà.\n" * 20
+    for name in ("cp1252", "utf-8", "utf-8-sig", "utf-16"):
+        (tmp_path / f"{name}.txt").write_bytes(text.encode(name))
+        lines = json.dumps({"text": text}, ensure_ascii=False) + "\n"
+        (tmp_path / f"{name}.jsonl").write_bytes(lines.encode(name))
+    assert texts_of(tmp_path, encoding="cp1252") == [text] * 8
+    assert texts_of(tmp_path, encoding="cp1252", format="text")[1::2] == [text] * 4
+
+
+@pytest.mark.parametrize("more", [bytes(50_000), ("wide " * 9_000).encode("utf-16-le")])
+def test_nul_bytes_behind_a_good_beginning_are_bad_bytes(tmp_path: Path, more: bytes) -> None:
+    path = tmp_path / "in.txt"
+    path.write_bytes(b"fine and good\n" * 7_000 + more)
+    with pytest.raises(DataError, match=r"in\.txt: not UTF-8: .*--encoding NAME"):
+        texts_of(path)
+    path.write_bytes(b"fine and good\n" * 7_000 + more[:6].replace(b"w", b"a"))
+    notes = run(tmp_path / "few", path)
+    assert f"bad bytes: {more[:6].count(0)} (" in notes[1]
+
+
 @pytest.mark.parametrize("separator", ["<|endoftext|>", "</s>", "<|im_end|>"])
 @pytest.mark.parametrize("kind", ["txt", "jsonl"])
 def test_separators_in_the_text_are_told_and_end_documents_if_asked_for(
@@ -426,7 +591,7 @@ def test_separators_in_the_text_are_told_and_end_documents_if_asked_for(
     notes = run(tmp_path / "one", path)
     (told,) = (line for line in notes if line.startswith("The text holds"))
     assert f"--separator '{separator}'" in told
-    assert f"{separator} in samples of the text: 50" in notes
+    assert f"{separator} in the text: 50" in notes
     assert texts_of(path) == [text]
     assert texts_of(path, separator=separator) == parts
     notes = run(tmp_path / "many", path, separator=separator)
@@ -434,10 +599,53 @@ def test_separators_in_the_text_are_told_and_end_documents_if_asked_for(
     assert not any(separator in line for line in notes)
 
 
+def test_a_separator_in_the_middle_of_a_long_text_is_told(tmp_path: Path) -> None:
+    (tmp_path / "in.txt").write_text("a line\n" * 5000 + "<|endoftext|>" + "a line\n" * 5000)
+    assert "<|endoftext|> in the text: 1" in run(tmp_path / "out", tmp_path / "in.txt")
+
+
+@pytest.mark.parametrize("encoding", ["undefined", "idna", "punycode"])
+def test_a_codec_that_is_no_encoding_of_texts_is_refused(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "in.txt").write_text("a text")
+    with pytest.raises(DataError, match=f"--encoding {encoding}: there is no such encoding"):
+        run(tmp_path / "out", tmp_path / "in.txt", encoding=encoding)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
+def test_an_encoding_that_needs_a_mark_is_refused_without_one(
+    tmp_path: Path, encoding: str
+) -> None:
+    (tmp_path / "in.txt").write_text("a text é")
+    for format in ("auto", "text"):
+        with pytest.raises(DataError, match=rf"in\.txt: has no byte order mark.*{encoding}-le"):
+            texts_of(tmp_path / "in.txt", encoding=encoding, format=format)
+
+
 def test_a_separator_may_be_an_empty_line(tmp_path: Path) -> None:
     (tmp_path / "in.txt").write_text("one\nmore\n\ntwo\n\n\n\nthree\n")
     assert run(tmp_path / "out", tmp_path / "in.txt", separator=r"\n\n")
     assert open_dataset(tmp_path / "out", "train").n_documents == 3
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl"])
+@pytest.mark.parametrize("piece_chars", [1, 2, 3, 1 << 18])
+def test_the_end_of_a_line_in_a_separator_may_be_that_of_windows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, piece_chars: int
+) -> None:
+    monkeypatch.setattr(sources, "PIECE_CHARS", piece_chars)
+    text = "one\r\nmore\r\n\r\ntwo\n\nthree"
+    content = json.dumps({"text": text}) if kind == "jsonl" else text
+    (tmp_path / f"in.{kind}").write_bytes(content.encode())
+    assert texts_of(tmp_path / f"in.{kind}", separator="\n\n") == ["one\r\nmore", "two", "three"]
+
+
+def test_a_separator_that_the_text_does_not_hold_is_told(tmp_path: Path) -> None:
+    (tmp_path / "in.txt").write_text("one<eos>two")
+    told = "ends no document: the text does not hold it"
+    notes = run(tmp_path / "none", tmp_path / "in.txt", separator="</s>")
+    assert [line for line in notes if told in line] == [f"--separator '</s>' {told}"]
+    notes = run(tmp_path / "some", tmp_path / "in.txt", separator="<eos>")
+    assert not any(told in line for line in notes)
 
 
 # ------------------------------------------------------------------ records
@@ -479,6 +687,14 @@ def test_columns_of_parquet_are_text_or_named_by_their_type(tmp_path: Path) -> N
     ):
         write(column)
         assert texts_of(path) == TEXTS
+    invalid = pa.array([b"\xe9\xe8"] * len(TEXTS)).view(pa.string())
+    write(invalid)
+    with pytest.raises(DataError, match=r"in\.parquet: cannot be read \('utf-8' codec"):
+        texts_of(path)
+    two = pa.Table.from_arrays([pa.array(TEXTS)] * 2, names=["text", "text"])
+    parquet.write_table(two, path)
+    with pytest.raises(DataError, match="several columns 'text'"):
+        texts_of(path)
     write(pa.array([{"raw": text} for text in TEXTS]))
     with pytest.raises(DataError, match=r"holds struct<.*--text-field text\.raw"):
         texts_of(path)

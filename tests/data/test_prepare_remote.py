@@ -257,6 +257,7 @@ def test_a_run_that_broke_off_continues(
 ) -> None:
     monkeypatch.setattr(build, "BATCH_CHARS", 2000)
     monkeypatch.setattr(build, "CHECKPOINT_S", 0.0)
+    monkeypatch.setattr(inputs_module, "HEAD_BYTES", 1 << 13)  # less than the files hold
     make(tmp_path / "local", corpus / "a/one.txt", corpus / "seven.parquet")
     command = [str(tmp_path / "out"), "--tokenizer", "bytes", "--val-fraction", "0.1"]
     command += ["--shard-tokens", "20000", "--workers", "1", "--resume", "--input"]

@@ -186,7 +186,10 @@ def _encoding_name(format: str, encoding: str) -> str:
         return encoding
     try:
         b"".decode(encoding)
-        return codecs.lookup(encoding).name
+        name = codecs.lookup(encoding).name
+        if name in ("idna", "punycode", "undefined"):  # codecs, but not of texts
+            raise LookupError
+        return name
     except LookupError:
         remedy = "name one of Python's, as utf-8, utf-16, cp1252 or shift_jis"
         raise DataError(f"--encoding {encoding}: there is no such encoding; {remedy}") from None

@@ -12,6 +12,7 @@ refused with the option that settles it.
 
 import bz2
 import codecs
+import fnmatch
 import glob
 import gzip
 import hashlib
@@ -34,8 +35,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
+from tarfile import (  # type: ignore[attr-defined]
+    EmptyHeaderError,
+    EOFHeaderError,
+    InvalidHeaderError,
+    ReadError,
+    TruncatedHeaderError,
+)
 from types import SimpleNamespace
-from typing import IO, Any, NamedTuple, cast
+from typing import IO, Any, NamedTuple, Self, cast
 
 from fasttrain.config.untrusted import json_object
 from fasttrain.data import files as store
@@ -43,7 +51,7 @@ from fasttrain.data.files import DataError, is_address, read_range, remote, show
 
 LISTING_S = 600.0  # that a remote folder may take to be listed
 HEAD_BYTES = 1 << 16  # of a file's content, by which it is decided what it is
-FAR_HEAD_BYTES = 1 << 13  # the same at an address
+LONG_HEAD_BYTES = 1 << 23  # the same of a file whose first lines are longer records
 LOOKERS = 16  # threads that look into files at addresses
 TEXT_ENDINGS = (".txt", ".text", ".md", ".rst")
 LINES_ENDINGS = (".jsonl", ".ndjson")
@@ -289,11 +297,7 @@ class _Finder:
         key = (facts.st_dev, facts.st_ino)
         if key in above:
             return
-        try:
-            names = sorted(os.listdir(folder))
-        except OSError as error:
-            raise DataError(f"{folder}: cannot be listed ({error.strerror})") from error
-        for name in names:
+        for name in _names_in(folder):
             path = folder / name
             if name.startswith("."):
                 self.leave_out("hidden", path)
@@ -307,15 +311,38 @@ class _Finder:
         """Yield what fits a glob; `**` is any number of folders, none of them hidden."""
         parts = pattern.parts
         if "**" not in parts:
-            yield from map(Path, glob.glob(str(pattern)))
+            yield from self.expanded(parts)
             return
         at = parts.index("**")
         rest = parts[at + 1 :] or ("*",)
-        for root in map(Path, glob.glob(str(Path(*parts[:at]))) if at else ["."]):
+        for root in self.expanded(parts[:at]) if at else [Path()]:
             if root.is_dir():
                 folders = [root, *(path for path, is_folder in self.walk(root) if is_folder)]
                 for folder in folders:
                     yield from self.matches(Path(glob.escape(str(folder)), *rest))
+
+    def expanded(self, parts: Sequence[str]) -> list[Path]:
+        """Return what fits a glob without `**`; `glob.glob` ignores folders it cannot list."""
+        paths = [Path()]
+        for part in parts:
+            if not glob.has_magic(part):
+                paths = [path / part for path in paths if os.path.lexists(path / part)]
+                continue
+            folders, paths = [path for path in paths if path.is_dir()], []
+            for folder in folders:
+                for name in fnmatch.filter(_names_in(folder), part):
+                    if name.startswith(".") and not part.startswith("."):
+                        self.leave_out("hidden", folder / name)
+                    else:
+                        paths.append(folder / name)
+        return paths
+
+
+def _names_in(folder: Path) -> list[str]:
+    try:
+        return sorted(os.listdir(folder))
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be listed ({error.strerror})") from error
 
 
 def _facts(path: Path) -> os.stat_result:
@@ -329,7 +356,7 @@ def _facts(path: Path) -> os.stat_result:
 
 
 def _find_local(name: str, finder: _Finder) -> None:
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # as it is where there is no such user
     if os.path.lexists(path):
         matches = [path]
         if path.is_dir():
@@ -366,7 +393,11 @@ def _find_remote(address: str, finder: _Finder) -> None:
     else:
         root = path[: path.rindex("/", 0, magic.start()) + 1]
         pattern = path[len(root) :]
-        translated = importlib.import_module("fsspec.utils").glob_translate(pattern)
+        try:
+            translated = importlib.import_module("fsspec.utils").glob_translate(pattern)
+        except ValueError as error:
+            remedy = "`**` stands for whole folders, as in **/*.jsonl"
+            raise DataError(f"--input {shown(address)}: {error}; {remedy}") from error
         fits = re.compile(translated).match
         depth = math.inf if "**" in pattern else pattern.count("/") + 1
         entries = list(
@@ -433,6 +464,8 @@ def find_files(inputs: Sequence[str], *, format: str = "auto", encoding: str = "
     keys_of: dict[str, set[object]] = {}
     for name in dict.fromkeys(inputs):
         finder.touched = set()
+        if not name:
+            raise DataError("--input '': names nothing; the current folder is --input .")
         if name == "-":
             if "-" not in finder.files:
                 finder.add("-", _copied(sys.stdin.buffer, "standard input"), in_folder=False)
@@ -495,12 +528,10 @@ def _looked(file: File, in_folder: bool, *, format: str, encoding: str) -> tuple
 def look(file: File, *, format: str = "auto", encoding: str = "auto") -> Content:
     """Return what a file holds, by its first bytes and its name; `UnclearError` if not sure."""
     ending, compression = file.endings()
-    n_head = HEAD_BYTES if isinstance(file.path, Path) else FAR_HEAD_BYTES
     with reading(file):
         packed: tuple[str, ...] = ()
         while True:
-            with file.open(n_head) as raw:
-                head = unpacked(raw, packed, file).read(n_head)
+            head = _head(file, packed, HEAD_BYTES)
             kind = next((k for k, magic in _COMPRESSIONS.items() if magic.match(head)), None)
             if kind is None or len(packed) == 3:
                 break
@@ -511,17 +542,15 @@ def look(file: File, *, format: str = "auto", encoding: str = "auto") -> Content
             if compression == ".zst":
                 package("pyarrow", file)
             raise DataError(f"{file}: cannot be read (it is not compressed, as its name says)")
-    is_whole = len(head) < n_head
-    if format != "auto":
-        if encoding == "auto":
-            encoding = _encoding(head, is_whole, file, sure=True)
-        return Content(packed, format, encoding)
+    is_whole = len(head) < HEAD_BYTES
     if head[257:262] == b"ustar":
         return Content(packed, "tar")
     if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
         if packed:
             raise UnclearError(f"{file}: a ZIP archive within a compressed file; unpack it")
         return Content(packed, "zip")
+    if format != "auto":
+        return Content(packed, format, _encoding(head, is_whole, file, encoding, sure=True))
     if head.startswith(b"PAR1") or ending == ".parquet":
         if packed:
             raise UnclearError(f"{file}: compressed Parquet; unpack it")
@@ -531,18 +560,63 @@ def look(file: File, *, format: str = "auto", encoding: str = "auto") -> Content
             raise UnclearError(
                 f"{file}: is {what}; unpack or convert it to text, JSON lines, Parquet"
             )
-    if encoding == "auto":
-        encoding = _encoding(head, is_whole, file)
-    decoder = codecs.getincrementaldecoder(encoding)("replace")
-    text = decoder.decode(head, is_whole).removeprefix("\ufeff")
+    encoding = _encoding(head, is_whole, file, encoding)
+    text = _start(head, is_whole, encoding)
+    if ending in TEXT_ENDINGS and _OBJECT.match(text) and len(_lines(text, is_whole)) < 2:
+        with reading(file):
+            head = _head(file, packed, LONG_HEAD_BYTES)
+        is_whole = len(head) < LONG_HEAD_BYTES
+        text = _start(head, is_whole, encoding)
     return Content(packed, _format(text, is_whole, ending, file), encoding)
 
 
-def _encoding(head: bytes, is_whole: bool, file: File, *, sure: bool = False) -> str:
-    """Return the encoding of a text that begins with `head`; if `sure`, UTF-8 where in doubt."""
+def _head(file: File, packed: Sequence[str], n_bytes: int) -> bytes:
+    with file.open(n_bytes) as raw:
+        return unpacked(raw, packed, file).read(n_bytes)
+
+
+def _start(head: bytes, is_whole: bool, encoding: str) -> str:
+    """Return the text that a file begins with, without its mark and the space before it."""
+    decoder = codecs.getincrementaldecoder(encoding)("replace")
+    return decoder.decode(head, is_whole).removeprefix("\ufeff").lstrip()
+
+
+def _lines(text: str, is_whole: bool) -> list[str]:
+    """Return the lines of a text's beginning that are complete and not blank."""
+    lines = text.split("\n")
+    return [line for line in (lines if is_whole else lines[:-1]) if line.strip()]
+
+
+def _is_single_byte(encoding: str) -> bool:
+    """Return whether each byte is a character, as in cp1252."""
+    new_decoder = codecs.getincrementaldecoder(encoding)
+    return all(len(new_decoder("replace").decode(bytes([byte]))) == 1 for byte in range(256))
+
+
+def _is_utf8(head: bytes, is_whole: bool) -> bool:
+    """Return whether bytes are UTF-8 with characters of several bytes, which is no accident."""
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(head, is_whole)
+    except UnicodeDecodeError:
+        return False
+    return not head.isascii()
+
+
+def _encoding(
+    head: bytes, is_whole: bool, file: File, named: str = "auto", *, sure: bool = False
+) -> str:
+    """Return the encoding of a text that begins with `head`; if `sure`, UTF-8 where in doubt.
+
+    A `named` one is that of a text without a mark that is not certainly UTF-8.
+    """
     for mark, name in _BOMS.items():
         if head.startswith(mark):
             return name
+    if named in ("utf-16", "utf-32"):
+        problem = f"has no byte order mark, which --encoding {named} expects"
+        raise DataError(f"{file}: {problem}; name {named}-le or {named}-be")
+    if named != "auto":
+        return "utf-8" if _is_single_byte(named) and _is_utf8(head, is_whole) else named
     n_nul = head.count(0)
     if n_nul > MAX_BAD_SHARE * len(head):
         names = ("utf-32-le", "utf-32-be", "utf-16-le", "utf-16-be")
@@ -603,15 +677,13 @@ def _is_plausible(head: bytes, is_whole: bool, encoding: str) -> bool:
     return sum(map(text.count, odd)) <= MAX_BAD_SHARE * len(text)
 
 
-def _format(text: str, is_whole: bool, ending: str, file: File) -> str:
-    start = text.lstrip()
+def _format(start: str, is_whole: bool, ending: str, file: File) -> str:
     if _ARRAY.match(start):
         return "json"
     if ending in LINES_ENDINGS:
         return "json" if re.match(r"\{\s*\n\s*" + _KEY, start) else "jsonl"
-    lines = start.split("\n", 2)
-    complete = lines if is_whole else lines[:-1]
-    are_objects = [json_object(line) is not None for line in complete[:2] if line.strip()]
+    complete = _lines(start, is_whole)
+    are_objects = [json_object(line) is not None for line in complete[:2]]
     if ending in TEXT_ENDINGS:  # one line alone may be an example of something
         return "jsonl" if are_objects == [True, True] else "text"
     if are_objects[:1] == [True] or (not complete and _OBJECT.match(start)):
@@ -632,7 +704,7 @@ def reading(file: File) -> Iterator[None]:
     """Name the file in errors of reading it, also where a document is read later."""
     try:
         yield
-    except (OSError, EOFError, zlib.error, lzma.LZMAError, *_ARCHIVE_ERRORS) as error:
+    except (OSError, EOFError, UnicodeError, zlib.error, lzma.LZMAError, *_ARCHIVE_ERRORS) as error:
         why: object = error
         text = str(error)
         if (
@@ -654,7 +726,42 @@ def package(name: str, file: File) -> Any:
         raise DataError(f"{file}: to read it run: pip install pyarrow") from error
 
 
-_OPENERS: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+class _Streams(io.RawIOBase):
+    """Reads the compressed streams in a file, one after another.
+
+    `BZ2File` and `LZMAFile` ignore whatever follows a stream and does not begin another.
+    """
+
+    def __init__(self, raw: IO[bytes], new_decoder: Callable[[], Any], padding: bytes) -> None:
+        self._raw, self._new_decoder, self._padding = raw, new_decoder, padding
+        self._decoder = new_decoder()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        content = b""
+        while not content:
+            block = self._decoder.unused_data if self._decoder.eof else b""
+            if self._decoder.eof:
+                while not (block := block.lstrip(self._padding)):
+                    if not (block := self._raw.read(1 << 17)):
+                        return 0
+                self._decoder = self._new_decoder()
+            elif self._decoder.needs_input and not (block := self._raw.read(1 << 17)):
+                raise EOFError
+            content = self._decoder.decompress(block, len(buffer))
+        buffer[: len(content)] = content
+        return len(content)
+
+
+_OPENERS: dict[str, Callable[[IO[bytes]], Any]] = {
+    ".gz": gzip.open,
+    ".bz2": partial(_Streams, new_decoder=bz2.BZ2Decompressor, padding=b""),
+    ".xz": partial(
+        _Streams, new_decoder=partial(lzma.LZMADecompressor, lzma.FORMAT_XZ), padding=b"\0"
+    ),
+}
 
 
 def unpacked(raw: IO[bytes], packed: Sequence[str], file: File) -> IO[bytes]:
@@ -670,24 +777,40 @@ def unpacked(raw: IO[bytes], packed: Sequence[str], file: File) -> IO[bytes]:
     return raw
 
 
-def members(file: File, content: Content, show: Callable[[int], None]) -> Iterator[File]:
+def members(
+    file: File,
+    content: Content,
+    show: Callable[[int], None],
+    leave_out: Callable[[str, str], None],
+) -> Iterator[File]:
     """Yield the files in an archive, which are read before the next; call `show` with bytes read.
 
-    As in a folder, hidden ones are left out. Those of a tar archive are copied to a temporary file.
+    As in a folder, hidden ones are left out; so are links. `leave_out` is called with the reason
+    and the name. Those of a tar archive are copied to a temporary file.
     """
+
+    def is_taken(name: str, is_link: bool) -> bool:
+        reason = "a link" if is_link else "hidden" if _is_hidden(name) else ""
+        if reason:
+            leave_out(reason, f"{file}/{name}")
+        return not reason
+
     with file.open() as raw:
         if content.format == "zip":
             with zipfile.ZipFile(raw) as archive:
                 for info in archive.infolist():
-                    if not info.is_dir() and _is_seen(info.filename):
+                    is_link = stat.S_ISLNK(info.external_attr >> 16)
+                    if not info.is_dir() and is_taken(info.filename, is_link):
                         opener = partial(archive.open, info)
                         yield _member(file, info.filename, info.file_size, opener)
                         show(raw.tell())
             return
         stream = unpacked(raw, content.packed, file)
-        with tarfile.open(fileobj=stream, mode="r|") as tape:
+        # After the blocks of zeros that end an archive, another may follow.
+        with _Tape.open(fileobj=stream, mode="r|", ignore_zeros=True) as tape:
             for entry in tape:
-                if entry.isreg() and _is_seen(entry.name):
+                is_link = entry.issym() or entry.islnk()
+                if (entry.isreg() or is_link) and is_taken(entry.name, is_link):
                     part = tape.extractfile(entry)
                     assert part is not None
                     copy = _Unnamed()
@@ -697,9 +820,39 @@ def members(file: File, content: Content, show: Callable[[int], None]) -> Iterat
                 show(raw.tell())
 
 
-def _is_seen(name: str) -> bool:
-    parts = PurePosixPath(name).parts
-    return not any(part.startswith(".") or part == "__MACOSX" for part in parts)
+class _Header(tarfile.TarInfo):
+    """A header in a tar archive; `tarfile` takes one that is damaged for the end of the archive."""
+
+    @classmethod
+    def fromtarfile(cls, tarfile: tarfile.TarFile) -> Self:
+        assert isinstance(tarfile, _Tape)
+        try:
+            header = super().fromtarfile(tarfile)
+        except EOFHeaderError:
+            tarfile.has_ended = True
+            raise
+        except EmptyHeaderError as error:
+            if tarfile.has_ended:
+                raise
+            raise ReadError("it is cut off: the archive has no end; get it anew") from error
+        except (InvalidHeaderError, TruncatedHeaderError) as error:
+            raise ReadError(
+                f"the archive is damaged at byte {tarfile.offset:,}: {error}"
+            ) from error
+        tarfile.has_ended = False
+        return header
+
+
+class _Tape(tarfile.TarFile):
+    """A tar archive, or several one after another, in which what is damaged is an error."""
+
+    tarinfo = _Header
+    has_ended = False  # nothing but zeros has come since the last member
+
+
+def _is_hidden(name: str) -> bool:
+    parts = [part for part in PurePosixPath(name).parts if part != ".."]
+    return any(part.startswith(".") or part == "__MACOSX" for part in parts)
 
 
 def _member(file: File, name: str, size: int, opener: Callable[[], IO[bytes]]) -> File:
@@ -733,7 +886,7 @@ class Transcoded(io.RawIOBase):
 
 
 class Decoder:
-    """Decodes a text block by block; what is not valid becomes U+FFFD and is counted."""
+    """Decodes a text block by block; what is not valid, or NUL, becomes U+FFFD and counts."""
 
     def __init__(self, encoding: str) -> None:
         name = "utf-8-sig" if codecs.lookup(encoding).name == "utf-8" else encoding
@@ -748,7 +901,8 @@ class Decoder:
             if self._skips_mark and text:
                 self._skips_mark = False
                 text = text.removeprefix("\ufeff")
-            return text, 0, 0
+            n_lines = text.partition("\0")[0].count("\n") if "\0" in text else 0
+            return text.replace("\0", "\ufffd"), text.count("\0"), n_lines
         except UnicodeDecodeError as error:
             n_lines = error.object[: error.start].count(b"\n")
         texts = []
@@ -757,7 +911,8 @@ class Decoder:
             decoder.errors = errors
             texts.append(decoder.decode(block, not block))
         decoder.errors = "strict"
-        return texts[1], texts[1].count("\ufffd") - texts[0].count("\ufffd"), n_lines
+        n_bad = texts[1].count("\ufffd") - texts[0].count("\ufffd") + texts[1].count("\0")
+        return texts[1].replace("\0", "\ufffd"), n_bad, n_lines
 
     def decode_all(self, content: bytes) -> tuple[str, int]:
         """Return a whole text, and how many of its bytes are not valid."""

@@ -77,7 +77,6 @@ SEPARATORS = (
     "</s>",
     "<eos>",
 )
-SAMPLE_CHARS = 4096  # of each end of a piece, in which they are looked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +106,9 @@ class Source:
     ) -> None:
         self.field, self.strict = field, strict
         self.format, self.encoding, self.separator = format, encoding, separator
+        # The end of a line may be that of Windows.
+        self._ends = re.compile(re.escape(separator).replace("\\\n", "\r?\n"))
+        self._has_separator = False  # in what this pass has read
         self.files = [
             replace(file, content=look(file, format=format, encoding=encoding))
             if file.content is None
@@ -121,7 +123,7 @@ class Source:
         # Called with each line that a user should see before the end.
         self.note: Callable[[str], None] = lambda line: None
         self._is_binary: bool | None = None  # the column of the text in Parquet
-        self._told: set[str] = set()  # separators of which they were told
+        self._told: set[str] = set()  # of which they were told: separators, reasons to leave out
         self._before = 0  # of `n_bytes`, in the files before this one
         self._file: File | None = None  # being read
 
@@ -142,22 +144,22 @@ class Source:
         self.problems[reason] += 1
 
     def sample(self, text: str) -> None:
-        """Look into the ends of a text for what separates documents elsewhere."""
-        for end in (text[:SAMPLE_CHARS], text[max(SAMPLE_CHARS, len(text) - SAMPLE_CHARS) :]):
-            for separator in SEPARATORS if "<" in end else ():
-                if n_times := end.count(separator):
-                    self.problems[f"{separator} in samples of the text"] += n_times
-                    if separator not in self._told:
-                        self._told.add(separator)
-                        remedy = f"--separator '{separator}' ends a document there"
-                        self.note(
-                            f"The text holds {separator}, which is encoded as characters: {remedy}"
-                        )
+        """Look into a text for what separates documents elsewhere."""
+        for separator in SEPARATORS if "<" in text else ():
+            if n_times := text.count(separator):
+                self.problems[f"{separator} in the text"] += n_times
+                if separator not in self._told:
+                    self._told.add(separator)
+                    remedy = f"--separator '{separator}' ends a document there"
+                    self.note(
+                        f"The text holds {separator}, which is encoded as characters: {remedy}"
+                    )
 
     def documents(self) -> Iterator[Document]:
         """All documents in order, empty ones left out."""
         self.problems.clear()
         self.done_bytes = self._before = self.n_read = 0
+        self._has_separator = False
         for file in self.files:
             self._file = file
             with reading(file):
@@ -165,6 +167,9 @@ class Source:
                 file.check_unchanged()
             self.done_bytes = self._before = self._before + file.size
         self._judge("the input", self.problems[BAD_BYTES], self.n_read)
+        if self.separator and not self._has_separator and self.separator not in self._told:
+            self._told.add(self.separator)
+            self.note(f"--separator {self.separator!r} ends no document: the text does not hold it")
 
     def _judge(self, what: object, n_bad: int, n_bytes: int) -> None:
         """Refuse a text of another encoding, unless one was named."""
@@ -184,7 +189,7 @@ class Source:
         self._judge(file, self.problems[BAD_BYTES] - n_bad, self.n_read - n_before)
 
     def _archived(self, file: File, archive: Content) -> Iterator[Document]:
-        for member in members(file, archive, partial(self._show, file)):
+        for member in members(file, archive, partial(self._show, file), self._leave_out):
             with reading(member):
                 is_known = member.endings()[0] in KNOWN
                 try:
@@ -200,6 +205,13 @@ class Source:
                     self.problems[NO_TEXT_FILES] += 1
                     continue
                 yield from self._documents(replace(member, content=content))
+
+    def _leave_out(self, reason: str, name: str) -> None:
+        """Count a file in an archive that is left out; tell the first for each reason."""
+        self.problems[f"files in archives: {reason} (left out)"] += 1
+        if reason not in self._told:
+            self._told.add(reason)
+            self.note(f"Left out {name}: {reason}")
 
     def _show(self, file: File, at: int) -> None:
         if file is self._file:  # not a part of it
@@ -223,10 +235,11 @@ class Source:
         rest, line = "", 1
         is_first = True
         for block in self._decoded(file, content, _Counted()):
-            unseen = max(len(rest) - len(separator), 0)
+            unseen = max(len(rest) - 2 * len(separator), 0)
             rest += block
-            if rest.find(separator, unseen) >= 0:
-                *parts, rest = rest.split(separator)
+            if self._ends.search(rest, unseen):
+                self._has_separator = True
+                *parts, rest = self._ends.split(rest)
                 for part in parts:
                     yield from self._part(part, f"{file}:{line}", is_first)
                     line += part.count("\n") + separator.count("\n")
@@ -384,6 +397,8 @@ class Source:
         remedy = f"name one: --text-field {', '.join(schema.names)}"
         if name not in schema.names:
             raise DataError(f"{file}: no column {self.field!r}; {remedy}")
+        if schema.names.count(name) > 1:
+            raise DataError(f"{file}: has several columns {name!r}; rename all but one")
         kind = schema.field(name).type
         for step in inner:
             names = [part.name for part in kind] if str(kind).startswith("struct") else []
@@ -428,8 +443,9 @@ class Source:
             text = re.sub("[\ud800-\udfff]", "\ufffd", text)
         if not text:
             self._problem(EMPTY, where)
-        elif self.separator and self.separator in text:
-            for number, part in enumerate(text.split(self.separator)):
+        elif self.separator and self._ends.search(text):
+            self._has_separator = True
+            for number, part in enumerate(self._ends.split(text)):
                 yield from self._part(part, where, number == 0)
         else:
             yield Document(where, partial(_pieces, [text]))
