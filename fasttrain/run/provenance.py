@@ -42,7 +42,7 @@ def provenance(device: torch.device, parent: Path | None = None) -> dict[str, st
         "cuda": (torch.version.cuda or torch.version.hip) if on_gpu else None,
         "driver": _first(_DRIVER, "/proc/driver/nvidia/version") if on_gpu else None,
         "command": redact(shlex.join(sys.orig_argv)),
-        "parent": redact(os.path.abspath(parent)) if parent else None,
+        "parent": redact(str(parent)) if parent else None,
     }
 
 
