@@ -40,15 +40,22 @@ _OF_NAMES = {
     *(errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP),
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENXIO, errno.EILSEQ),
 }
+# Errors of a disk, and their remedies.
+DISK_REMEDIES = {
+    errno.ENOSPC: "free some space on this disk",
+    errno.EDQUOT: "raise the disk quota or free some space",
+    errno.EFBIG: "raise the limit on file sizes (ulimit -f)",
+    errno.EIO: "check the disk",
+}
 P = ParamSpec("P")
 
 
 def command(main: Callable[P, int]) -> Callable[P, int]:
     """Print what a command raises, without secrets, and return its exit status.
 
-    A `UserError` is one line and status 2, and so is a name that the system refuses; Ctrl-C is one
-    and 130, any other exception a traceback and status 1. If the reader of its output has gone, as
-    after ``| head``, it ends silently.
+    A `UserError` is one line and status 2, and so are a name that the system refuses and a full
+    disk; Ctrl-C is one and 130, any other exception a traceback and status 1. If the reader of its
+    output has gone, as after ``| head``, it ends silently.
     """
 
     @functools.wraps(main)
@@ -65,8 +72,8 @@ def command(main: Callable[P, int]) -> Callable[P, int]:
             return status
         except UserError as error:
             return _refused(error)
-        except KeyboardInterrupt as remedy:
-            tell(f"\ninterrupted{remedy}")
+        except KeyboardInterrupt as error:
+            tell(f"\ninterrupted{error}")
             return EXIT_INTERRUPTED
         except Exception as error:
             if isinstance(error, BrokenPipeError) and _nobody_reads(out := sys.stdout.fileno()):
@@ -75,6 +82,9 @@ def command(main: Callable[P, int]) -> Callable[P, int]:
             if isinstance(error, OSError) and error.filename and error.errno in _OF_NAMES:
                 named = os.fsdecode(error.filename)
                 return _refused(UserError(f"{named}: {error.strerror}; name another place"))
+            if isinstance(error, OSError) and (remedy := DISK_REMEDIES.get(error.errno or 0)):
+                named = f"{os.fsdecode(error.filename)}: " if error.filename else ""
+                return _refused(UserError(f"{named}{error.strerror}; {remedy}"))
             rank = os.environ.get("RANK")
             shown = traceback.format_exc().rstrip("\n")
             if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
@@ -190,15 +200,26 @@ _WINDOWS_PATH = re.compile(r"[A-Za-z]:\\[\w .\\-]*")
 _NUMBER = re.compile(r"[-+]?[\d_,. ]*\d(?:[eE][-+]?\d+)?[kKMGTB%]*")
 # What stands before the last @ of a URL's host (of which a path keeps one slash), and what a URL
 # passes under a telling name; the same of a URL that another URL holds. And what HTTP is told.
-_NAME = r"(?:[\w.-]*(?:token|secret|passw|pwd|key|credential|signature|auth|jwt)[\w.-]*|sig|pass)"
+_NAME = (
+    r"(?:[\w.-]*(?:token|secret|passw|pwd|key|credential|signature|auth|jwt)[\w.-]*|sig|pass"
+    r"|(?:\w+[_-])?code)"
+)
+_LETTER = "%(?:[46][1-9A-F]|[57][0-9A])"  # that a URL has no need to escape
 _IN_URLS = (
+    # A password with slashes or quotes, but none that ends a string; no port is one.
+    re.compile(
+        r"(?i)\b([a-z][a-z0-9+.-]*:/{1,2})[^/\s:@\[\"'\\]*:(?!\d+/)"
+        r"(?:[^\s\"'\\]|\\\S|[\"'](?![\s,;:)\]}]|$))+(@)"
+    ),
+    re.compile(r"(?<![:\w/])(//)[^/\s:@]*:[^/\s@\"'\\]+(@)"),
     re.compile(r"(?i)\b([a-z][a-z0-9+.-]*:/{1,2})[^/\s\"'\\]+(@)"),
     re.compile(r"(?i)(%3A(?:%2F){2})(?:(?!%2F)[^\s\"'&;#@\\])+?(%40|@)"),
     # A backslash escapes the quote that ends a string of TOML or JSON.
+    re.compile(rf"(?i)([?&;#][\w.-]*{_LETTER}[\w.%-]*=)[^&;#\s\"'\\]+()"),
     re.compile(rf"(?i)([?&;#]{_NAME}=)[^&;#\s\"'\\]+()"),
     re.compile(rf"(?i)((?:%3F|%26){_NAME}%3D)(?:(?!%26)[^&;#\s\"'\\])+()"),
     re.compile(
-        r"(?i)(\bauthorization\\?[\"']?\s*[:=]\s*\\?[\"']?(?:(?:basic|bearer|token)\s+)?)"
+        r"(?i)(\b(?:authorization|(?:x-)?(?:api|auth|access)-(?:key|token))\\?[\"']?\s*[:=]\s*\\?[\"']?(?:(?:basic|bearer|token)\s+)?)"
         r"(?!\*{3})[\w+/=.~-]{8,}()"
     ),
 )

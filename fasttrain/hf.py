@@ -10,12 +10,13 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -220,29 +221,42 @@ def export_model(run: str | Path, out: str | Path, *, dtype: str = "fp32") -> Pa
         "config.json": _hf_config(model, model_type, DTYPES[dtype], eot, pad),
         "generation_config.json": ids,
     }
-    out.mkdir(parents=True)
-    if tokenizer is not None:
-        numbers = {key.removesuffix("_id"): number for key, number in ids.items()}
-        tokens = {k: tokenizer.id_to_token(n) for k, n in numbers.items() if n is not None}
-        files["tokenizer_config.json"] = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "model_max_length": model.seq_len,
-            "clean_up_tokenization_spaces": False,
-            **tokens,
-        }
-        files["special_tokens_map.json"] = tokens
-        shutil.copyfile(tokenizer_file, out / "tokenizer.json")
-    tensors = _hf_tensors(model, model_type, DTYPES[dtype])
-    save_file(tensors, weights := out / "model.safetensors", metadata={"format": "pt"})
-    umask = os.umask(0)
-    os.umask(umask)
-    with contextlib.suppress(OSError):  # not all file systems keep modes
-        weights.chmod(0o666 & ~umask)  # safetensors leaves it to its owner alone
-    for name, value in files.items():
-        (out / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    card = _model_card(model, _FAMILIES[model_type], out.name, tokenizer is not None)
-    (out / "README.md").write_text(card, encoding="utf-8")
+    with _whole_or_none(out):
+        if tokenizer is not None:
+            numbers = {key.removesuffix("_id"): number for key, number in ids.items()}
+            tokens = {k: tokenizer.id_to_token(n) for k, n in numbers.items() if n is not None}
+            files["tokenizer_config.json"] = {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "model_max_length": model.seq_len,
+                "clean_up_tokenization_spaces": False,
+                **tokens,
+            }
+            files["special_tokens_map.json"] = tokens
+            shutil.copyfile(tokenizer_file, out / "tokenizer.json")
+        tensors = _hf_tensors(model, model_type, DTYPES[dtype])
+        save_file(tensors, weights := out / "model.safetensors", metadata={"format": "pt"})
+        umask = os.umask(0)
+        os.umask(umask)
+        with contextlib.suppress(OSError):  # not all file systems keep modes
+            weights.chmod(0o666 & ~umask)  # safetensors leaves it to its owner alone
+        for name, value in files.items():
+            (out / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        card = _model_card(model, _FAMILIES[model_type], out.name, tokenizer is not None)
+        (out / "README.md").write_text(card, encoding="utf-8")
     return out
+
+
+@contextlib.contextmanager
+def _whole_or_none(folder: Path) -> Iterator[None]:
+    """Make a new folder; remove it if what is to fill it fails."""
+    folder.mkdir(parents=True)
+    try:
+        yield
+    except BaseException as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, OSError | SafetensorError):
+            raise UserError(f"{folder}: cannot be written ({error}); free some space") from error
+        raise
 
 
 def _pad_id(tokenizer: Tokenizer, eot: int | None) -> int | None:
@@ -361,14 +375,17 @@ def import_model(folder: str | Path, run: str | Path, *, seq_len: int | None = N
     hf = read_json(folder / "config.json", REMEDY)
     config = _our_config(hf, folder, run, seq_len)
     tensors = _our_tensors(config, hf["model_type"], folder)
-    run.mkdir(parents=True)
-    text = config_to_toml(config, redact)
-    writer = CheckpointWriter(run / "checkpoints", keep_last=1, asynchronous=False)
-    writer.save(0, {"model": tensors}, {"step": 0, "imported": redact(str(folder))}, text)
-    writer.close()
-    (run / "config.toml").write_text(text, encoding="utf-8")
-    if (folder / "tokenizer.json").is_file():
-        shutil.copyfile(folder / "tokenizer.json", run / "tokenizer.json")
+    tokenizer_file = folder / "tokenizer.json"
+    if tokenizer_file.is_file():
+        load_tokenizer(tokenizer_file)  # refuses what is none, wherever a link leads
+    with _whole_or_none(run):
+        text = config_to_toml(config, redact)
+        writer = CheckpointWriter(run / "checkpoints", keep_last=1, asynchronous=False)
+        writer.save(0, {"model": tensors}, {"step": 0, "imported": redact(str(folder))}, text)
+        writer.close()
+        (run / "config.toml").write_text(text, encoding="utf-8")
+        if tokenizer_file.is_file():
+            shutil.copyfile(tokenizer_file, run / "tokenizer.json")
     return run
 
 

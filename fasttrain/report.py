@@ -23,9 +23,10 @@ import numpy as np
 from fasttrain.command import command, make_parser
 from fasttrain.config import TrainConfig, UserError, config_difference, config_to_toml, load_config
 from fasttrain.config.keys import counted, show
-from fasttrain.config.untrusted import misfit, parse_json, read_regular
+from fasttrain.config.untrusted import can_be_path, misfit, parse_json, read_regular
 from fasttrain.data.files import write_atomically
 from fasttrain.printing import printable, say
+from fasttrain.run.record import parent_folder
 
 SAMPLES_SHOWN = 4
 MAX_BYTES = 512 << 20  # of metrics.jsonl: a million rows
@@ -113,7 +114,7 @@ def read_run(path: Path, descendants: frozenset[Path] = frozenset()) -> Run:
             per_token = Transformer(config.model, seq_len=config.data.seq_len).flops_per_token()
     first = made_by[0] if made_by else {}
     begin, source = first.get("step"), first.get("parent")
-    if type(begin) is int and begin > 0 and isinstance(source, str):
+    if type(begin) is int and begin > 0 and isinstance(source, str) and can_be_path(source):
         parent = Path(source).parent.parent  # its checkpoint lies in RUN/checkpoints
         run.parent = f"{parent.name} at step {begin:,}"
         run.before = _lines_before(path, parent, begin, descendants | {path.resolve()})
@@ -143,8 +144,7 @@ def _lines_before(
     path: Path, parent: Path, step: int, descendants: frozenset[Path]
 ) -> list[dict[str, Any]]:
     """Return what a branch's parents logged up to ``step``; nothing if they are gone."""
-    beside = path.resolve().parent / parent.name
-    folder = beside if beside.is_dir() else parent
+    folder = parent_folder(path.resolve(), parent)
     if folder.resolve() in descendants:
         return []
     with contextlib.suppress(UserError, OSError):
@@ -501,6 +501,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = "-".join(run.name.replace("/", "-").strip("-.") for run in runs)
     one = options.runs[0] / "report.html" if len(runs) == 1 else None
     out = options.out or one or Path(f"report-{names}.html")
+    if out.suffix.lower() == ".png":
+        raise UserError(f"--out {out}: is the page, and the PNG is put beside it; name it .html")
     text, image = page(runs).encode(errors="backslashreplace"), io.BytesIO()
     picture(runs, image, axis=options.axis)
     try:

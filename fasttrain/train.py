@@ -68,7 +68,7 @@ def _config_held_by(
     Its name and place are the folder's, which may have been moved, unless ``overrides`` set them.
     """
     from fasttrain.run.folder import run_dir_above
-    from fasttrain.run.record import read_record
+    from fasttrain.run.record import config_name, read_record
 
     run_dir = run_dir_above(resumed, option)
     held = [folder / "config.toml" for folder in (resumed, run_dir)]
@@ -84,7 +84,7 @@ def _config_held_by(
     if "run.out_dir" not in given:
         settings = replace(settings, out_dir=str(run_dir.parent))
     if settings.name is None and (record := read_record(run_dir)):
-        stem = Path(record["config"]).stem
+        stem = config_name(record)
         if re.fullmatch(rf"{re.escape(stem)}(-\d+)?", name):
             name = stem
     return replace(config, run=settings), name

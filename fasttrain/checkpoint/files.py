@@ -23,6 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from fasttrain.command import DISK_REMEDIES
 from fasttrain.config import UserError, misfit, untrusted
 from fasttrain.data.files import LACKING, sync, sync_folder
 
@@ -61,10 +62,7 @@ DTYPE_NAMES = {
     torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8",
     torch.bool: "BOOL",
 }  # fmt: skip
-_REMEDIES = {
-    errno.ENOSPC: "free some space on this disk",
-    errno.EDQUOT: "raise the disk quota or free some space",
-    errno.EFBIG: "raise the limit on file sizes (ulimit -f)",
+_REMEDIES = DISK_REMEDIES | {
     errno.EROFS: "remount the file system writable",
     errno.EACCES: "make the folder writable",
 }
@@ -388,9 +386,16 @@ class Faults(TypedDict):  # what `engine.state.FaultCounts` keeps
     row: list[tuple[int, int, Kind, Number, Number]]
 
 
+class Parent(TypedDict):  # the checkpoint that a branch starts from
+    run: str  # absolute path of its folder, as it was named then
+    checkpoint: str  # name of the checkpoint's folder
+    step: int
+    decays: bool  # whether the branch was begun with --decay-from
+
+
 class ModelState(TypedDict, total=False):  # state.json of parameters that belong to no run
     history: list[Change]
-    lineage: list[dict[str, Any]]  # the checkpoints that the run branched off, the first one first
+    lineage: list[Parent]  # the checkpoints that the run branched off, the first one first
     provenance: dict[str, str | bool | None]
 
 

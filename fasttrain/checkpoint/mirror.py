@@ -58,7 +58,8 @@ class Mirror:
     def __init__(
         self, address: str, run_dir: Path, keep_last: int, *, note: _Tell, warn: _Tell
     ) -> None:
-        self.address, self.run_dir = f"{address.rstrip('/')}/{run_dir.name}", run_dir
+        name = run_dir.resolve().name  # a link to a run is not another run
+        self.address, self.run_dir = f"{address.rstrip('/')}/{name}", run_dir
         self.folder, self.keep_last = run_dir / "checkpoints", keep_last
         self.shown, self._note, self._warn = shown(self.address), note, warn
         self.last_commit = self.failures = 0  # the former of all that are or were there
@@ -71,7 +72,7 @@ class Mirror:
         if "file" in fs.protocol:
             if _is_same(Path(path), run_dir):
                 raise UserError(f"checkpoint.mirror = {address}: is run.out_dir; name another disk")
-            refuse_links(Path(path).parent, [run_dir.name, f"{run_dir.name}/checkpoints"])
+            refuse_links(Path(path).parent, [name, f"{name}/checkpoints"])
 
     def copies(self) -> _Copies:
         """Return the copies, the newest commit first."""
@@ -143,6 +144,20 @@ class Mirror:
             disk.remove(part)
             copies[name] = None
         return copies[name] is not None
+
+    def drop_newer(self, commit: int) -> None:
+        """Remove the copies that are newer than a commit, so that they are not brought back.
+
+        Raises UserError where others put one there.
+        """
+        self._begin_record()
+        for name, manifest in self.copies().items():
+            if manifest and manifest["commit"] > commit:
+                where = f"{self.shown}/checkpoints/{name}"
+                if name not in self._own:
+                    raise UserError(f"{where}: is newer, and no mirror made it; remove it yourself")
+                self._note(f"--overwrite: {where} is dropped")
+                self._remove(name)
 
     def wake(self) -> None:
         """Have the newest and the best checkpoint copied; waits for nothing."""

@@ -15,7 +15,7 @@ import stat
 import types
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints, is_typeddict
+from typing import Any, BinaryIO, Literal, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 from fasttrain.config.keys import UserError, is_a
 
@@ -54,13 +54,28 @@ def read_regular(path: Path, max_bytes: int) -> bytes:
         UserError: it is no regular file, such as a pipe, which would block, or it is larger.
         OSError: it cannot be read.
     """
-    with open(os.open(path, os.O_RDONLY | _NO_WAIT), "rb") as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise UserError(f"{path}: not a file")
-        if status.st_size > max_bytes:
-            raise UserError(f"{path}: {status.st_size} bytes, at most {max_bytes} are credible")
-        return file.read(status.st_size)  # room for as much is made at once
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > max_bytes:
+            raise UserError(f"{path}: {size} bytes, at most {max_bytes} are credible")
+        return file.read(size)  # room for as much is made at once
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file to read it; raise as `read_regular` does where it is none."""
+    file = open(os.open(path, os.O_RDONLY | _NO_WAIT), "rb")  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise UserError(f"{path}: not a file")
+    return file
+
+
+def can_be_path(text: str) -> bool:
+    """Return whether the system takes a text for a path: it refuses NUL and half characters."""
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
 
 
 def open_own(path: Path, flags: int) -> int:

@@ -27,7 +27,9 @@ _PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "hf": "huggingface_hub"}
 # What a file system answers that lacks a call: NFS and Lustre have no locks if they are mounted so,
 # and FUSE, CIFS and mounts of object stores may not sync folders.
 LACKING = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOLCK, errno.ENOTTY}
-_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)(?:[^/\s]*@)?([^\s?#]*)(?:[?#]\S*)?")
+_ADDRESS = re.compile(  # a password, in which there may be slashes, is no port
+    r"([A-Za-z][A-Za-z0-9+.-]*://)(?:[^/\s:@\[]*:(?!\d+/)[^\s?#]*@|[^/\s]*@)?([^\s?#]*)(?:[?#]\S*)?"
+)
 
 
 class DataError(UserError):
@@ -98,6 +100,9 @@ def remote(
     """
     fs, path = file_system(address)
     options |= {"timeout": timeout_s or STALL_S} if fs.async_impl else {}
+    reads = "file" in fs.protocol and operation in ("cat_file", "get_file")
+    if reads and os.path.exists(path) and not os.path.isfile(path):  # a pipe would block
+        raise DataError(f"{shown(address)}: not a file; remove it")
     for pause in [*(PAUSE_S * 2**n for n in range(ATTEMPTS - 1)), 0]:
         try:
             result = getattr(fs, operation)(*before, path, *args, **options)
@@ -138,10 +143,14 @@ def if_there(address: str, operation: str, **options: Any) -> Any:
 
 
 def names_at(address: str) -> dict[str, int]:
-    """Return what lies in a folder at an address, with its bytes; nothing if it is missing."""
+    """Return what lies in a folder at an address, with its bytes; nothing if it is missing.
+
+    Pipes and other things that are no files are passed over.
+    """
     file_system(address)[0].invalidate_cache()
     found = if_there(address, "ls", detail=True) or ()
-    return {entry["name"].rstrip("/").rpartition("/")[2]: entry["size"] for entry in found}
+    files = (entry for entry in found if entry.get("type") != "other" or entry.get("islink"))
+    return {entry["name"].rstrip("/").rpartition("/")[2]: entry["size"] for entry in files}
 
 
 def put(address: str, content: Path | bytes) -> None:
@@ -249,8 +258,10 @@ def write_atomically(path: Path, content: bytes) -> None:
             out.flush()
             sync(out.fileno(), path)
         os.replace(part, path)
-    except BaseException:
+    except BaseException as error:
         part.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # as of a write to a full disk
+            error.filename = str(path)
         raise
 
 

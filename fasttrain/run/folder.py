@@ -11,25 +11,26 @@ import re
 import shutil
 import socket
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 from fasttrain import checkpoint
 from fasttrain.checkpoint import files as disk
+from fasttrain.checkpoint.files import Parent
 from fasttrain.checkpoint.mirror import Mirror
 from fasttrain.command import tell
 from fasttrain.config import TrainConfig, UserError, load_config
-from fasttrain.config.untrusted import refuse_links
+from fasttrain.config.untrusted import read_regular, refuse_links
 from fasttrain.data.files import NoLocks, lock, names_at
 from fasttrain.distributed.world import World
 from fasttrain.log.console import Console
 from fasttrain.run.record import (
     RUN_JSON,
-    Parent,
     Record,
     began,
+    config_name,
     encoded,
     now,
     parent_folder,
@@ -138,6 +139,7 @@ class RunFolder:
         self._held.callback(self.console.close)
         for remark in remarks:
             self.warn(remark)
+        self._refuse_mirror_of_another()
         if resume == "auto" and self.mirror and not restarted:
             self.mirror.fetch()
             if read_record(path) is None and (kept := record_at(self.mirror.address)):
@@ -163,7 +165,7 @@ class RunFolder:
         if source is None and origin is None:
             origin, self.decays = decay_from, decay_from is not None
             if origin is None and record and (parent := record["parent"]):  # it was cut off early
-                folder, self.decays = parent_folder(path, parent), parent["decays"]
+                folder, self.decays = parent_folder(path, parent["run"]), parent["decays"]
                 origin = folder / "checkpoints" / parent["checkpoint"]
                 if not origin.is_dir():
                     raise UserError(
@@ -172,6 +174,18 @@ class RunFolder:
                     )
             origin = origin and checkpoint.resolve(origin, report=self.warn)
         self.source, self.origin = source, origin
+
+    def _refuse_mirror_of_another(self) -> None:
+        """Refuse copies of another run, which had this name before: they began at other times."""
+        if not self.mirror or not (here := read_record(self.path)):
+            return
+        there = record_at(self.mirror.address)
+        if there and there["began"] != here["began"]:
+            raise UserError(
+                f"{self.mirror.shown} holds copies of another run than {self.path}, one that began "
+                f"{there['began']} and not {here['began']}; rename this folder, or name another "
+                "checkpoint.mirror"
+            )
 
     def _named(
         self, config: TrainConfig, named: Path, name: str, warn: Callable[[str], None]
@@ -209,17 +223,18 @@ class RunFolder:
     def parent(self, step: int) -> Parent:
         """Return what to record of the checkpoint, of ``step``, that this branch starts from."""
         assert self.origin is not None
-        run = str(run_dir_above(self.origin))
+        run = os.path.abspath(run_dir_above(self.origin))
         return Parent(run=run, checkpoint=self.origin.name, step=step, decays=self.decays)
 
     def begin_record(self, step: int) -> None:
         """Record which config this run is of, and the ``step`` where it branched off, if it did."""
         record = read_record(self.path)
         if record is None:
+            config = self._own_name
             if self._config_path is not None:
                 config = os.path.abspath(self._config_path)
-            else:
-                config = self._own_name
+            elif self.origin and (parent := read_record(run_dir_above(self.origin))):
+                config = parent["config"]  # its own config was read
             start = began(self.path, None)
             time = now() if not start else datetime.fromtimestamp(start, UTC).isoformat()
             record = Record(config=config, began=time, parent=None, ended=False)
@@ -246,6 +261,8 @@ class RunFolder:
         """With ``overwrite``: remove the checkpoints of this run that are newer than its source."""
         if not self.overwrites or self.source is None:
             return
+        if self.mirror:
+            self.mirror.drop_newer(disk.read_manifest(self.source)["commit"])
         for path, _ in disk.history(self.path / "checkpoints"):
             if path.name == self.source.name:
                 return
@@ -266,7 +283,7 @@ class RunFolder:
 
     def close(self) -> None:
         """Give console and folder back; remove the folder of a new run that never began."""
-        failed = isinstance(sys.exception(), UserError | KeyboardInterrupt)
+        failed = isinstance(sys.exception(), UserError | OSError | KeyboardInterrupt)
         if failed and self.new and not logged_bytes(self.path):
             shutil.rmtree(self.path, ignore_errors=True)
         self._held.close()
@@ -287,7 +304,7 @@ def new_run_dir(config: TrainConfig, name: str, config_path: Path | None = None)
             )
         return path
     numbers = _numbered(config, name)
-    own = [n for n, run_name in numbers.items() if _is_of(_record(config, run_name), config_path)]
+    own = _own(config, numbers, config_path)
     if not own and 1 not in numbers:
         return out_dir / name
     free = (n for n in itertools.count(max(own, default=1) + 1) if n not in numbers)
@@ -303,10 +320,10 @@ def newest_run_dir(
 ) -> Path:
     """Return the folder of the newest unfinished run of this config, or one for a new run.
 
-    The newest is the one that began last, of those with a checkpoint. If there is none, it is the
-    last one that ended or was cut off before its first checkpoint. A branch counts if it has the
-    settings of ``config``, but for the keys in ``allow_change``; one that ``decay_from`` began if
-    that is named again.
+    The newest is the one that began last, of those with a checkpoint; a copy is not newer. If there
+    is none, it is the last one that ended or was cut off before its first checkpoint. A branch
+    counts if it has the settings of ``config``, but for the keys in ``allow_change``; one that
+    ``decay_from`` began if that is named again.
     """
     out_dir = Path(config.run.out_dir)
     if config.run.name is not None:
@@ -314,13 +331,14 @@ def newest_run_dir(
     address, mirrored = config.checkpoint.mirror, _in_mirror(config)
     ages: dict[tuple[float, int], str] = {}
     unfinished: dict[tuple[float, int], str] = {}
-    for number, run_name in _numbered(config, name).items():
-        path, record = out_dir / run_name, _record(config, run_name)
-        if not _is_of(record, config_path):
-            continue
+    numbers = _numbered(config, name)
+    for number, record in _own(config, numbers, config_path).items():
+        run_name = numbers[number]
+        path = out_dir / run_name
         if not _continues(path, record, config, decay_from, allow_change):
             continue
-        age = (began(path, record), number)
+        start = began(path, record)
+        age = (start, -number if start else number)  # of equal times, one is a copy of the first
         ages[age] = run_name
         copies = run_name in mirrored and names_at(f"{address}/{run_name}/checkpoints")
         if (copies or _was_saved(path)) and not _ended(path, record):
@@ -364,20 +382,32 @@ def _record(config: TrainConfig, run_name: str) -> Record | None:
     return record_at(f"{address}/{run_name}")
 
 
-def _is_of(record: Record | None, config_path: Path | None) -> bool:
-    """Return whether a run is one of a config file: by path, and where that is gone by name.
+def _own(
+    config: TrainConfig, numbers: Mapping[int, str], config_path: Path | None
+) -> dict[int, Record | None]:
+    """Return the records of those runs, named by number, that are of a config file.
 
-    A run without a record is told by its folder's name alone.
+    A run without a record, or with a name in place of a file there, is told by its name. Those of a
+    file that is gone, which was moved or lies on another machine, are too, where no other run is of
+    this file.
     """
-    if record is None or config_path is None:
-        return True
-    path = Path(record["config"])
-    if path.stem != config_path.stem:
-        return False
-    try:
-        return path.samefile(config_path)
-    except OSError:
-        return True  # the file was moved, or lies on another machine
+    records = {number: _record(config, run_name) for number, run_name in numbers.items()}
+    if config_path is None:
+        return records
+    own: dict[int, Record | None] = {}
+    gone: dict[int, Record | None] = {}
+    for number, record in records.items():
+        if record is None:
+            own[number] = record
+        elif config_name(record) == config_path.stem:
+            path = Path(record["config"])
+            if not path.is_absolute():
+                own[number] = record
+            elif not path.exists():
+                gone[number] = record
+            elif path.samefile(config_path):
+                own[number] = record
+    return own if any(own.values()) else own | gone
 
 
 def _continues(
@@ -390,15 +420,26 @@ def _continues(
     """Return whether ``--resume auto`` may mean a run of this config, if it is a branch."""
     parent = record["parent"] if record else None
     if decay_from is not None:
-        if parent is None or not parent["decays"]:
-            return False
-        folder = run_dir_above(decay_from, "--decay-from")
-        return parent_folder(run_dir, parent).resolve() == folder.resolve()
+        return bool(parent and parent["decays"] and _is_named(parent, decay_from, run_dir))
     if parent is None or parent["decays"]:
         return parent is None
     with contextlib.suppress(UserError):
         return same_settings(config, load_config(run_dir / "config.toml"), allow_change)
     return True  # its config is in the mirror, or was never written
+
+
+def _is_named(parent: Parent, path: Path, branch: Path) -> bool:
+    """Return whether a run or checkpoint folder, which may be gone, is a branch's parent."""
+    whole = Path(os.path.abspath(path))
+    is_checkpoint = disk.STEP.fullmatch(whole.name)
+    if is_checkpoint and whole.name != parent["checkpoint"]:
+        return False
+    named = whole.parent if is_checkpoint else whole
+    named = named.parent if named.name == "checkpoints" else named
+    folder = parent_folder(branch, parent["run"])
+    if folder.is_dir() and named.is_dir():
+        return folder.samefile(named)
+    return folder.name == named.name  # it was moved or removed
 
 
 def _ended(run_dir: Path, record: Record | None) -> bool:
@@ -416,10 +457,15 @@ def _ended(run_dir: Path, record: Record | None) -> bool:
 
 
 def run_dir_above(path: Path, option: str = "--resume") -> Path:
-    """Return the run folder of a run or checkpoint folder; ``option`` is for the message."""
-    for run_dir in (path, path.parent, path.parent.parent):
+    """Return the run folder of a run or checkpoint folder; ``option`` is for the message.
+
+    It has a name, also where it is the current folder.
+    """
+    whole = path.resolve() if ".." in path.parts else path.absolute()
+    for up, run_dir in enumerate((whole, *whole.parents[:2])):
         if (run_dir / "checkpoints").is_dir():
-            return run_dir
+            is_named = ".." not in path.parts and len(path.parts) > up
+            return Path(*path.parts[: len(path.parts) - up]) if is_named else run_dir
     remedy = "name one of those, or auto or the run's address if it lies in checkpoint.mirror"
     raise UserError(f"{option} {path}: not a run or checkpoint folder; {remedy}")
 
@@ -483,8 +529,14 @@ def _restarted_run_dir(config: TrainConfig, name: str) -> Path | None:
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0:
         return None
     locks = Path(config.run.out_dir).glob(f"{glob.escape(config.run.name or name)}*/.lock")
-    ours = [file for file in locks if file.read_text(encoding="utf-8") == _job()]
+    ours = [file for file in locks if _content(file) == _job().encode()]
     return max(ours, key=lambda file: file.stat().st_mtime).parent if ours else None
+
+
+def _content(file: Path) -> bytes | None:
+    with contextlib.suppress(OSError, UserError):
+        return read_regular(file, 1 << 16)
+    return None
 
 
 @contextlib.contextmanager

@@ -5,32 +5,25 @@ Folder names cannot tell: `llama-2` is the second run of `llama.toml` or the fir
 """
 
 import json
+import os
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TypedDict
+from typing import TypedDict, cast
 
+from fasttrain.checkpoint.files import STEP, Parent
 from fasttrain.command import redact
 from fasttrain.config import UserError, misfit
-from fasttrain.config.untrusted import json_object, read_json
+from fasttrain.config.untrusted import can_be_path, json_object, open_regular, read_json
 from fasttrain.data.files import if_there, write_atomically
 
 RUN_JSON = "run.json"
 
 
-class Parent(TypedDict):
-    """The checkpoint that a branch starts from."""
-
-    run: str  # its folder, as it was named then
-    checkpoint: str  # name of the checkpoint's folder
-    step: int
-    decays: bool  # whether the branch was begun with --decay-from
-
-
 class Record(TypedDict):
     """What `run.json` holds."""
 
-    config: str  # absolute path of the config file that the run was started with
+    config: str  # absolute path of the config file that the run was started with, or its name
     began: str  # time in UTC, in ISO format
     parent: Parent | None  # None: the run began at step 0
     ended: bool  # whether it came to its own end
@@ -50,7 +43,12 @@ def record_at(address: str) -> Record | None:
 
 
 def _checked(value: object) -> Record | None:
-    return None if misfit(Record, value) else value  # type: ignore[return-value]
+    if misfit(Record, value):
+        return None
+    record = cast(Record, value)
+    parent = record["parent"]
+    sound = parent is None or (STEP.fullmatch(parent["checkpoint"]) and can_be_path(parent["run"]))
+    return record if sound and can_be_path(record["config"]) else None
 
 
 def encoded(record: Record) -> bytes:
@@ -63,6 +61,12 @@ def write_record(run_dir: Path, record: Record) -> None:
     write_atomically(run_dir / RUN_JSON, encoded(record))
 
 
+def config_name(record: Record) -> str:
+    """Return the name of a run's config; a bare name may hold dots, a file has an ending."""
+    config = record["config"]
+    return Path(config).stem if os.path.isabs(config) else config
+
+
 def now() -> str:
     """Return the time as records hold it."""
     return datetime.now(UTC).isoformat(timespec="microseconds")
@@ -71,7 +75,7 @@ def now() -> str:
 def began(run_dir: Path, record: Record | None) -> float:
     """Return when a run began, in seconds since the epoch; 0 if neither record nor log say."""
     times = [record["began"]] if record else []
-    with suppress(OSError), (run_dir / "metrics.jsonl").open("rb") as lines:
+    with suppress(OSError, UserError), open_regular(run_dir / "metrics.jsonl") as lines:
         times.append(str((json_object(lines.readline(1 << 16)) or {}).get("time")))
     for time in times:
         with suppress(ValueError, OverflowError):
@@ -79,7 +83,8 @@ def began(run_dir: Path, record: Record | None) -> float:
     return 0.0
 
 
-def parent_folder(run_dir: Path, parent: Parent) -> Path:
-    """Return the folder of a branch's parent: beside the branch, or where it was named then."""
-    beside = run_dir.parent / Path(parent["run"]).name
-    return beside if beside.is_dir() else Path(parent["run"])
+def parent_folder(run_dir: Path, recorded: str | Path) -> Path:
+    """Return the folder of a branch's parent: as it was ``recorded``, if it is gone beside it."""
+    named = Path(recorded)
+    beside = run_dir.absolute().parent / named.name
+    return beside if beside.is_dir() and not named.is_dir() else named

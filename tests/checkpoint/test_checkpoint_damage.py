@@ -247,3 +247,14 @@ def test_R25_foreign_pickles_are_refused(suffix: str, tmp_path: Path) -> None:
         resolve(tmp_path)
     assert main([str(file)]) == 2
     assert sorted(os.listdir(tmp_path)) == [file.name]
+
+
+def test_a_lineage_of_other_fields_is_refused(tmp_path: Path) -> None:
+    save(tmp_path / "checkpoints", 1)
+    path = tmp_path / "checkpoints/step-00000001"
+    state = json.loads((path / "state.json").read_text())
+    (path / "state.json").write_text(json.dumps(state | {"lineage": [{"a": 1}]}))
+    reseal(path)
+    assert main([str(tmp_path)]) == 1
+    with pytest.raises(CheckpointError, match="lineage"):
+        verify(path)

@@ -87,6 +87,8 @@ def test_what_is_not_there_is_asked_for_once_and_what_fails_often(server: Faulty
         ("https://me:secret@host/a/b.txt?sig=secret&x=1#secret", "https://host/a/b.txt"),
         ("403, url='https://cdn/x?Signature=secret', more", "403, url='https://cdn/x more"),
         ("s3://key:secret@bucket/part-*.txt", "s3://bucket/part-*.txt"),
+        ("s3://key:se/cret@bucket/a", "s3://bucket/a"),
+        ("https://host:80/a@b", "https://host:80/a@b"),
         ("hf://datasets/o/n@rev/x.parquet", "hf://datasets/o/n@rev/x.parquet"),
         ("/a/local@path?x", "/a/local@path?x"),
     ],

@@ -299,3 +299,26 @@ def test_the_time_left_is_said_when_it_is_known(
         "31 of 100 MB  tokens  0:00:46 left",
         "32 of 100 MB  tokens  0:22:40 left",
     ]
+
+
+@pytest.mark.parametrize("name", [".out.partial", ".out.partial/dataset"])
+def test_nothing_is_removed_or_written_through_a_planted_link(name: str, tmp_path: Path) -> None:
+    (kept := tmp_path / "victim/dataset/.kept").parent.mkdir(parents=True)
+    kept.write_text("kept")
+    (link := tmp_path / name).parent.mkdir(exist_ok=True)
+    link.symlink_to(tmp_path / "victim" / ("dataset" if "/" in name else ""))
+    (text := tmp_path / "a.txt").write_text("to be or not to be " * 100)
+    with pytest.raises(DataError, match="is a symbolic link; remove it"):
+        prepare(tmp_path / "out", [str(text)], tokenizer="char", note=lambda _: None)
+    assert kept.read_text() == "kept"
+    assert not (tmp_path / "victim/lock").exists()
+
+
+def test_a_folder_of_another_user_is_not_prepared_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / ".out.partial").mkdir()
+    (text := tmp_path / "a.txt").write_text("to be or not to be " * 100)
+    monkeypatch.setattr(os, "geteuid", lambda: 4321)
+    with pytest.raises(DataError, match="belongs to another user"):
+        prepare(tmp_path / "out", [str(text)], tokenizer="char", note=lambda _: None)

@@ -10,7 +10,8 @@ import pytest
 from fasttrain import checkpoint
 from fasttrain.checkpoint.__main__ import main as checkpoint_main
 from fasttrain.config import load_config
-from fasttrain.run.record import read_record
+from fasttrain.run import run as train_run
+from fasttrain.run.record import config_name, read_record
 from fasttrain.train import main
 from tests.support.faults import flip_bit
 from tests.support.toy_trainer import rows
@@ -64,11 +65,11 @@ def test_R35_a_branch_leaves_its_parent_as_it_is(
     assert record is not None
     assert record["ended"]
     assert record["parent"] is not None
-    assert record["parent"]["run"] == "runs/parent"
+    assert record["parent"]["run"] == str(parent.resolve())
     assert record["parent"]["checkpoint"] == f"step-{start:08d}"
     assert record["parent"]["step"] == start
     state = json.loads((run_dir / "checkpoints/step-00000010/state.json").read_text())
-    assert [p["run"] for p in state["lineage"]] == ["runs/parent"]
+    assert [p["run"] for p in state["lineage"]] == [str(parent.resolve())]
     assert load_config(run_dir / "config.toml").run.name in (None, branch)
     assert (run_dir / "tokenizer.json").is_file()
 
@@ -91,8 +92,8 @@ def test_R35_a_branch_without_a_change_has_the_bits_of_its_parent(
     capsys.readouterr()
     assert checkpoint_main(["runs/second"]) == 0
     shown = capsys.readouterr().out
-    assert "branched off runs/parent at step 4" in shown
-    assert "branched off runs/fork at step 8" in shown
+    assert f"branched off {parent.resolve()} at step 4" in shown
+    assert f"branched off {Path('runs/fork').resolve()} at step 8" in shown
 
 
 def test_R35_the_newest_checkpoint_of_a_run_goes_on_in_its_folder(toy: Path) -> None:
@@ -296,3 +297,131 @@ def test_R35_a_run_in_a_mirror_is_not_renamed_by_its_address(toy: Path, capsys: 
     assert main([*command, "--stop-at-step", "2"]) == 75
     assert main(["--resume", f"{mirror}/a", "run.name=fork"]) == 2
     assert "continues the run a, not run.name = fork; for a branch" in capsys.readouterr().err
+
+
+def test_a_mirror_brings_no_checkpoint_of_another_run_of_that_name(
+    toy: Path, capsys: Capture
+) -> None:
+    mirror = f"checkpoint.mirror={toy.parent / 'm'}"
+    for name, steps in (("one", "4"), ("two", "2")):
+        assert main([str(toy), *KEYS, mirror, f"run.name={name}", "--stop-at-step", steps]) == 75
+    Path("runs/one").rename("runs/old")
+    Path("runs/two").rename("runs/one")
+    before = contents(Path("m"))
+    assert main([str(toy), *KEYS, mirror, "run.name=one", "--resume", "auto"]) == 2
+    assert "/m/one holds copies of another run than runs/one" in capsys.readouterr().err
+    assert contents(Path("m")) == before
+    # A run by the name of a link is the run that it leads to.
+    Path("runs/one").rename("runs/two")
+    Path("runs/one").symlink_to("two")
+    command = [str(toy), *KEYS, mirror, "run.name=one", "--resume", "auto"]
+    assert main([*command, "--stop-at-step", "3"]) == 75
+    assert [row["step"] for row in rows(Path("runs/two"))] == [1, 2, 3]
+    assert len([*Path("m/one/checkpoints").iterdir()]) == 1
+
+
+def test_a_branch_starts_again_from_the_parent_that_it_recorded_and_no_namesake(
+    toy: Path, parent: Path
+) -> None:
+    branch = [str(toy), *KEYS, "run.out_dir=elsewhere", "run.name=fork"]
+    assert main([*branch, "--resume", OLDER]) == 0
+    shutil.rmtree("elsewhere/fork/checkpoints")
+    Path("elsewhere/fork/metrics.jsonl").write_text("")
+    other = [str(toy), *KEYS, "run.out_dir=elsewhere", "run.name=parent", "run.seed=5"]
+    assert main([*other, "--stop-at-step", "4"]) == 75
+    assert main([*branch, "--resume", "auto"]) == 0
+    assert [row["loss"] for row in rows(Path("elsewhere/fork"))] == [
+        row["loss"] for row in rows(parent) if row["step"] > 4
+    ]
+
+
+def test_a_job_that_decays_from_another_checkpoint_starts_another_branch(toy: Path) -> None:
+    command = [str(toy), "schedule.name=wsd", *KEYS]
+    assert main([*command, "checkpoint.every_steps=2", "--stop-at-step", "4"]) == 75
+
+    def decay(step: int, *more: str) -> int:
+        source = f"runs/toy/checkpoints/step-{step:08d}"
+        return main([*command, "train.steps=6", "--decay-from", source, "--resume", "auto", *more])
+
+    assert decay(2, "--stop-at-step", "5") == 75
+    assert decay(4, "--stop-at-step", "5") == 75
+    assert names() == ["toy", "toy-2", "toy-3"]
+    Path("runs/toy").rename("moved")
+    assert decay(2) == 0
+    assert names() == ["toy-2", "toy-3"]
+    assert [rows(Path("runs") / name)[-1]["step"] for name in names()] == [6, 5]
+
+
+def test_what_overwrite_dropped_does_not_come_back_from_the_mirror(toy: Path) -> None:
+    command = [str(toy), *KEYS, "run.name=a", f"checkpoint.mirror={toy.parent / 'm'}"]
+    assert main([*command, "checkpoint.every_steps=2", "--stop-at-step", "4"]) == 75
+    older = "runs/a/checkpoints/step-00000002"
+    with pytest.MonkeyPatch.context() as patched:  # it is killed before its first save
+        patched.setattr(train_run, "train_to_end", lambda *_: 75)
+        assert main([*command, "--resume", older, "--overwrite"]) == 75
+    assert main([*command, "--resume", "auto", "--stop-at-step", "3"]) == 75
+    assert [row["step"] for row in rows(Path("runs/a"))] == [1, 2, 3]
+
+
+def test_a_run_of_a_config_that_is_gone_is_not_taken_before_one_of_this_config(toy: Path) -> None:
+    gone = toy.parent / "gone/toy.toml"
+    gone.parent.mkdir()
+    gone.write_text(toy.read_text())
+    assert main([str(toy), *KEYS, "--stop-at-step", "2"]) == 75
+    assert main([str(gone), *KEYS, "--stop-at-step", "2"]) == 75
+    gone.unlink()
+    assert main([str(toy), *KEYS, "--resume", "auto", "--stop-at-step", "3"]) == 75
+    assert [rows(Path("runs") / name)[-1]["step"] for name in names()] == [3, 2]
+
+
+def test_a_copy_of_a_run_is_not_newer(toy: Path) -> None:
+    assert main([str(toy), *KEYS, "--stop-at-step", "2"]) == 75
+    shutil.copytree("runs/toy", "runs/toy-2")
+    assert main([str(toy), *KEYS, "--resume", "auto", "--stop-at-step", "3"]) == 75
+    assert [rows(Path("runs") / name)[-1]["step"] for name in names()] == [3, 2]
+
+
+def test_names_with_a_dot_are_kept_whole(toy: Path) -> None:
+    toy = toy.rename(toy.with_name("m-1.5.toml"))
+    assert main([str(toy), *KEYS]) == 0
+    older = "runs/m-1.5/checkpoints/step-00000004"
+    assert main(["--resume", older, "--stop-at-step", "5"]) == 75
+    assert names() == ["m-1.5", "m-1.5-2"]
+    record = read_record(Path("runs/m-1.5-2"))
+    assert record is not None
+    assert record["config"] == str(toy)
+    assert config_name(record | {"config": "m-1.5"}) == "m-1.5"
+    assert main(["--resume", "runs/m-1.5-2/checkpoints/step-00000005", "--stop-at-step", "6"]) == 75
+    assert main([str(toy), *KEYS, "--resume", "auto"]) == 0
+    assert rows(Path("runs/m-1.5-2"))[-1]["step"] == 8
+
+
+def test_a_run_is_named_from_within_its_folder(
+    toy: Path, parent: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(parent)
+    assert main(["--resume", "checkpoints/step-00000004", "--stop-at-step", "5"]) == 75
+    assert not (parent / "parent-2").exists()
+    monkeypatch.chdir("../parent-2")
+    assert main(["--resume", ".", "--stop-at-step", "6"]) == 75
+    monkeypatch.chdir("checkpoints")
+    assert main(["--resume", "..", "--stop-at-step", "7"]) == 75
+    monkeypatch.chdir(toy.parent)
+    assert names() == ["parent", "parent-2"]
+    assert [row["step"] for row in rows(Path("runs/parent-2"))] == [5, 6, 7]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("checkpoint", "../../elsewhere"), ("run", "a\0b"), ("run", "\ud800"), ("config", "a\0b")],
+)
+def test_a_record_that_names_no_checkpoint_or_path_is_none(
+    key: str, value: str, tmp_path: Path
+) -> None:
+    parent = {"run": "/a", "checkpoint": "step-00000004", "step": 4, "decays": False}
+    record = {"config": "/a.toml", "began": "2026-01-01", "parent": parent, "ended": False}
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    assert read_record(tmp_path) == record
+    (record if key == "config" else parent)[key] = value
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    assert read_record(tmp_path) is None

@@ -13,6 +13,7 @@ import pytest
 
 from fasttrain import checkpoint, verify_resume
 from fasttrain.config import UserError
+from fasttrain.data import files
 from fasttrain.data.files import DataError
 from fasttrain.data.loader import Loader
 from fasttrain.log.sinks import LogFile
@@ -217,3 +218,19 @@ def test_any_other_error_shows_where_and_closes_all_that_is_open(
     assert len(os.listdir("/proc/self/fd")) <= n_files
     with lock_run_dir(toy.parent / "runs/toy"):
         pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO])
+def test_a_disk_that_is_full_at_the_start_is_one_line_and_leaves_no_folder(
+    number: int, toy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(files, "sync", full)
+    assert main([str(toy)]) == 2
+    shown = capsys.readouterr().err.splitlines()
+    assert shown[-1].startswith("error: runs/toy/")
+    assert f"{os.strerror(number)}; " in shown[-1]
+    assert not any("Traceback" in line for line in shown)
+    assert not Path("runs/toy").exists()

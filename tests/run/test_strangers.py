@@ -498,3 +498,38 @@ def test_R36_a_prompt_reaches_console_and_files_escaped(
     files = [(other / name).read_bytes().decode() for name in ("samples.txt", "train.log")]
     for shown in (said.out, said.err, *files):
         assert text not in shown
+
+
+def pipe(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    return path
+
+
+def test_R36_a_pipe_beside_a_run_hangs_no_resume(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run.rename(run.with_name("toy"))
+    pipe(run.with_name("toy-9") / "metrics.jsonl")
+    pipe(run.with_name("toy-8") / ".lock")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert main(["toy.toml", "--resume", "auto", "--stop-at-step=4"]) == 75
+
+
+@pytest.mark.parametrize("name", ["run.json", "checkpoints/step-00000009-c9/manifest.json"])
+def test_R36_a_pipe_in_a_mirror_hangs_nothing(
+    name: str, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = pipe(run.parent.with_name("m") / "r" / name)
+    command = ["toy.toml", "run.name=r", "checkpoint.mirror=m", "--resume", "auto"]
+    status = main([*command, "--stop-at-step=4"])
+    assert status == (2 if name == "run.json" else 75)
+    if status == 2:
+        assert f"{path.name}: not a file; remove it" in capsys.readouterr().err
+
+
+def test_R36_a_pipe_at_the_address_of_a_dataset_hangs_nothing(tmp_path: Path) -> None:
+    pipe(tmp_path / "data/dataset.json")
+    with pytest.raises(DataError, match=r"dataset\.json: not a file"):
+        fetch_description(f"file://{tmp_path}/data", tmp_path / "cache")

@@ -1,7 +1,9 @@
 """Import from and export to Hugging Face: equal logits both ways, their own tools on the export."""
 
+import errno
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -301,3 +303,32 @@ def test_F16_a_tensor_in_two_files_is_refused(exported: Path, tmp_path: Path) ->
     (exported / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match="is in another file too"):
         import_model(exported, tmp_path / "again")
+
+
+def test_a_full_disk_leaves_no_half_made_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_run(tmp_path / "run")
+    export_model(tmp_path / "run", exported := tmp_path / "exported")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    for command, source in (("export", tmp_path / "run"), ("import", exported)):
+        assert main([command, str(source), str(tmp_path / "out")]) == 2
+        shown = capsys.readouterr().err
+        assert "No space left on device); free some space" in shown
+        assert len(shown.splitlines()) == 1
+        assert not (tmp_path / "out").exists()
+
+
+def test_what_is_no_tokenizer_is_not_copied_from_where_a_link_leads(tmp_path: Path) -> None:
+    make_run(tmp_path / "run")
+    export_model(tmp_path / "run", exported := tmp_path / "exported")
+    (secret := tmp_path / "secret").write_text("secret")
+    (exported / "tokenizer.json").unlink()
+    (exported / "tokenizer.json").symlink_to(secret)
+    with pytest.raises(UserError, match=r"tokenizer\.json"):
+        import_model(exported, tmp_path / "again")
+    assert not (tmp_path / "again").exists()

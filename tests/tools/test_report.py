@@ -266,3 +266,19 @@ def test_a_branch_is_drawn_with_what_its_parents_logged_before_it(tmp_path: Path
         log.write_text(log.read_text().replace("gone/base/", f"gone/{parent}/"))
         assert read_run(branch).before == []
     assert main([str(branch)]) == 0
+
+
+def test_a_page_is_not_named_as_the_picture_beside_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "x.png"
+    assert main([str(make_run(tmp_path / "a")), "--out", str(out)]) == 2
+    assert f"--out {out}: is the page" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_a_parent_that_no_path_names_is_passed_over(tmp_path: Path) -> None:
+    log = make_run(tmp_path / "a") / "metrics.jsonl"
+    head = {"kind": "run", "step": 10, "parent": "a\0b/c/checkpoints/step-00000010"}
+    log.write_text(json.dumps(head) + "\n" + log.read_text())
+    assert read_run(tmp_path / "a").parent == ""

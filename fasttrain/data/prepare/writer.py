@@ -202,7 +202,7 @@ class Partial:
     @contextmanager
     def held(self, *, resume: bool, note: Note) -> Iterator[None]:
         """Hold the folder, for this process alone; remove it unless it can be resumed from."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self._make_folders_of_its_own()
         with ExitStack() as stack:
             try:
                 stack.callback(os.close, store.lock(self.folder / "lock"))
@@ -235,6 +235,15 @@ class Partial:
             finally:
                 if not self.state:
                     shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _make_folders_of_its_own(self) -> None:
+        """Make the folder; refuse one that leads elsewhere or that another user can change."""
+        for path in (self.folder, self.dataset):
+            if path.is_symlink():
+                raise DataError(f"{path}: is a symbolic link; remove it, or name another output")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if hasattr(os, "geteuid") and self.folder.stat().st_uid != os.geteuid():
+            raise DataError(f"{self.folder}: belongs to another user; name another output")
 
     def save(self, **state: Any) -> None:
         """Record how far the work is; all of that must be on disk already."""
