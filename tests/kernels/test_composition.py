@@ -36,7 +36,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 # Raised by torch's own code, for jvp and where it is compiled.
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")
 
 CPU = torch.device("cpu")
 N, D, V = 4, 8, 13
