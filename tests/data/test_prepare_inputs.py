@@ -104,6 +104,21 @@ def test_R34_the_promised_share_of_bytes_is_held_out_whatever_the_sizes_of_docum
         assert 0.45 * wanted <= joined["val"] <= 2 * max(wanted, 2)
 
 
+def test_R34_what_records_hold_beside_their_text_does_not_change_the_share(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "SMALL_BYTES", 200_000)
+    monkeypatch.setattr(sources, "VAL_BYTES", 1000)
+    records = [{"image": "0" * 20_000, "text": f"{n}\n" + "a line\n" * 40} for n in range(100)]
+    text_bytes = sum(len(record["text"]) for record in records)
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    out, source = tmp_path / "out", tmp_path / "in.jsonl"
+    prepare(out, [str(source)], tokenizer="bytes", workers=1)
+    held = open_dataset(out, "val").n_tokens
+    wanted = min(1000, text_bytes / 10)
+    assert wanted / 2 <= held <= 2 * wanted
+
+
 def test_documents_that_are_small_stay_where_their_hash_puts_them(tmp_path: Path) -> None:
     """A large text of them is split as one of earlier versions."""
     block = "a line of a text that is long enough\n" * 30

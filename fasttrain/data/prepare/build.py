@@ -119,7 +119,9 @@ def prepare(
         separator=separator,
     )
     source.note = note
-    if val_fraction is None and source.n_bytes >= sources.SMALL_BYTES:
+    # Only plain files hold as much text as they have bytes; a part does not know the others' text.
+    is_known = bool(shard_of) or all(file.content == PLAIN for file in source.files)
+    if val_fraction is None and is_known and source.n_bytes >= sources.SMALL_BYTES:
         val_fraction = sources.VAL_FRACTION
     asked: Asked = {
         "source": {

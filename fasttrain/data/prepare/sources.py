@@ -55,6 +55,7 @@ FEW_VAL_TOKENS = 5_000  # to validate on: the loss of fewer says little
 # some 25,000 tokens, but never more than a tenth.
 VAL_FRACTION, VAL_BYTES, MAX_VAL_FRACTION = 0.005, 100_000, 0.1
 SMALL_BYTES = 20_000_000  # from here on 0.5 % are 100 kB
+_MEASURED_BYTES = 1_000_000_000  # of records, to find out whether a text is small
 _BINS = 4096
 # Of a larger text, no document gives more than this part of what is to be held out, or only its
 # share. So that of a hundred thousand texts, one has twice as much held out as was asked for, or
@@ -580,7 +581,7 @@ class Splitter:
             sizes.append(size)
             shares.append(share)
             total += size
-            if total >= SMALL_BYTES or source.n_read >= 4 * SMALL_BYTES:
+            if total >= SMALL_BYTES or source.n_read >= _MEASURED_BYTES:
                 return sizes, shares, False
         if not sizes:
             reasons = "; ".join(f"{n} {reason}" for reason, n in source.problems.items())
