@@ -239,10 +239,7 @@ def evaluating(model: nn.Module, world: World) -> Iterator[None]:
         for module, was_training in modes.items():
             if module.training != was_training:
                 module.train(was_training)
-        for (
-            module,
-            was_training,
-        ) in modes.items():  # of a shared one, last set by a parent
+        for module, was_training in modes.items():  # a shared one was last set by a parent
             module.training = was_training
         for module in sharded:
             module.reshard()
