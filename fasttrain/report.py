@@ -24,9 +24,8 @@ from fasttrain.command import command, make_parser
 from fasttrain.config import TrainConfig, UserError, config_difference, config_to_toml, load_config
 from fasttrain.config.keys import counted, show
 from fasttrain.config.untrusted import can_be_path, misfit, parse_json, read_regular
-from fasttrain.data.files import write_atomically
+from fasttrain.data.files import parent_folder, write_atomically
 from fasttrain.printing import printable, say
-from fasttrain.run.record import parent_folder
 
 SAMPLES_SHOWN = 4
 MAX_BYTES = 512 << 20  # of metrics.jsonl: a million rows

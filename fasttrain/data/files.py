@@ -249,6 +249,13 @@ def beneath(folder: Path, address: str) -> Path:
     return folder / hashlib.sha256(shown(address).encode()).hexdigest()[:32]
 
 
+def parent_folder(run_dir: Path, recorded: str | Path) -> Path:
+    """Return the folder of a branch's parent: as it was ``recorded``, if it is gone beside it."""
+    named = Path(recorded)
+    beside = run_dir.absolute().parent / named.name
+    return beside if beside.is_dir() and not named.is_dir() else named
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file that a reader sees whole or not at all; its mode is what the umask leaves."""
     part = path.with_name(f".{path.name}.{secrets.token_hex(8)}")

@@ -23,7 +23,7 @@ from fasttrain.checkpoint.mirror import Mirror
 from fasttrain.command import tell
 from fasttrain.config import TrainConfig, UserError, load_config
 from fasttrain.config.untrusted import read_regular, refuse_links
-from fasttrain.data.files import NoLocks, lock, names_at
+from fasttrain.data.files import NoLocks, lock, names_at, parent_folder
 from fasttrain.distributed.world import World
 from fasttrain.log.console import Console
 from fasttrain.run.record import (
@@ -33,7 +33,6 @@ from fasttrain.run.record import (
     config_name,
     encoded,
     now,
-    parent_folder,
     read_record,
     record_at,
     write_record,

@@ -81,10 +81,3 @@ def began(run_dir: Path, record: Record | None) -> float:
         with suppress(ValueError, OverflowError):
             return datetime.fromisoformat(time).timestamp()
     return 0.0
-
-
-def parent_folder(run_dir: Path, recorded: str | Path) -> Path:
-    """Return the folder of a branch's parent: as it was ``recorded``, if it is gone beside it."""
-    named = Path(recorded)
-    beside = run_dir.absolute().parent / named.name
-    return beside if beside.is_dir() and not named.is_dir() else named
