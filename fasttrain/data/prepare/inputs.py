@@ -901,7 +901,9 @@ class Decoder:
             if self._skips_mark and text:
                 self._skips_mark = False
                 text = text.removeprefix("\ufeff")
-            n_lines = text.partition("\0")[0].count("\n") if "\0" in text else 0
+            if "\0" not in text:
+                return text, 0, 0
+            n_lines = text.partition("\0")[0].count("\n")
             return text.replace("\0", "\ufffd"), text.count("\0"), n_lines
         except UnicodeDecodeError as error:
             n_lines = error.object[: error.start].count(b"\n")

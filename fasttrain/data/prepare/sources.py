@@ -146,8 +146,9 @@ class Source:
 
     def sample(self, text: str) -> None:
         """Look into a text for what separates documents elsewhere."""
-        for separator in SEPARATORS if "<" in text else ():
-            if n_times := text.count(separator):
+        ends = [end for end in ("|>", "s>") if end in text]  # two searches, not one for each
+        for separator in SEPARATORS if ends else ():
+            if separator[-2:] in ends and (n_times := text.count(separator)):
                 self.problems[f"{separator} in the text"] += n_times
                 if separator not in self._told:
                     self._told.add(separator)
