@@ -219,7 +219,8 @@ _IN_URLS = (
     re.compile(rf"(?i)([?&;#]{_NAME}=)[^&;#\s\"'\\]+()"),
     re.compile(rf"(?i)((?:%3F|%26){_NAME}%3D)(?:(?!%26)[^&;#\s\"'\\])+()"),
     re.compile(
-        r"(?i)(\b(?:authorization|(?:x-)?(?:api|auth|access)-(?:key|token))\\?[\"']?\s*[:=]\s*\\?[\"']?(?:(?:basic|bearer|token)\s+)?)"
+        r"(?i)(\b(?:authorization|(?:x-)?(?:api|auth|access)-(?:key|token))"
+        r"\\?[\"']?\s*[:=]\s*\\?[\"']?(?:(?:basic|bearer|token)\s+)?)"
         r"(?!\*{3})[\w+/=.~-]{8,}()"
     ),
 )

@@ -372,9 +372,9 @@ def logits_of(out: Any, tokens: Tensor) -> Tensor:
 def _scalar(loss: Any) -> Tensor:
     """Return what a criterion returned, or refuse what is not one number."""
     if not isinstance(loss, Tensor) or loss.numel() != 1:
-        found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        kind = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise UserError(
-            f"criterion: returned {found}; it must return one number, the mean over the targets, "
+            f"criterion: returned {kind}; it must return one number, the mean over the targets, "
             'or their sum (of torch\'s own: reduction="mean" or reduction="sum")'
         )
     return loss

@@ -365,9 +365,8 @@ class Snapshot:
             exempt = f"{group}.{name}" in unchecked
             if exempt or not view.is_floating_point() or not view.numel():
                 continue
-            if str(view.dtype).endswith(
-                "fnuz"
-            ):  # no infinities, and the bits of −0 are its only NaN
+            # These have no infinities, and the bits of −0 for their only NaN.
+            if str(view.dtype).endswith("fnuz"):
                 if bool((view.flatten().view(torch.uint8).numpy() == 0x80).any()):
                     return name
                 continue

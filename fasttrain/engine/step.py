@@ -487,12 +487,12 @@ class TrainStep:
     @contextmanager
     def _owned(self) -> Iterator[None]:
         """Begin a step without gradients, and leave none behind, whatever happens in between."""
-        if not any(p.requires_grad for o in self.optimizers for p in parameters_of(o)):
+        self._begin()
+        if not self.parameters:
             raise UserError(
                 "train: no parameter that the optimizer holds requires a gradient, so that nothing "
                 "would be trained; unfreeze some with requires_grad_()"
             )
-        self._begin()
         try:
             yield
         finally:

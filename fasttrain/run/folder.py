@@ -176,13 +176,13 @@ class RunFolder:
 
     def _refuse_mirror_of_another(self) -> None:
         """Refuse copies of another run, which had this name before: they began at other times."""
-        if not self.mirror or not (here := read_record(self.path)):
+        if not self.mirror or not (own := read_record(self.path)):
             return
-        there = record_at(self.mirror.address)
-        if there and there["began"] != here["began"]:
+        mirrored = record_at(self.mirror.address)
+        if mirrored and mirrored["began"] != own["began"]:
             raise UserError(
                 f"{self.mirror.shown} holds copies of another run than {self.path}, one that began "
-                f"{there['began']} and not {here['began']}; rename this folder, or name another "
+                f"{mirrored['began']} and not {own['began']}; rename this folder, or name another "
                 "checkpoint.mirror"
             )
 

@@ -246,11 +246,11 @@ def _of_unit_size(x: Tensor, dtype: torch.dtype) -> Tensor:
         # The host reads the largest elements; to find them in one pass takes torch ten times as
         # long.
         ends = zip(x.amax((-2, -1)).tolist(), x.amin((-2, -1)).tolist(), strict=True)
-        found = [math.frexp(max(high, -low))[1] for high, low in ends]
-        if all(-126 < e < 127 for e in found):  # torch computes with fp64 factors slowly
-            factors = torch.tensor([2.0**-e for e in found], dtype=torch.float32, device="cpu")
+        exponents = [math.frexp(max(high, -low))[1] for high, low in ends]
+        if all(-126 < e < 127 for e in exponents):  # torch computes with fp64 factors slowly
+            factors = torch.tensor([2.0**-e for e in exponents], dtype=torch.float32, device="cpu")
             return _scaled(x, factors.view(-1, 1, 1), dtype)
-        exponent = torch.tensor(found, device="cpu").view(-1, 1, 1)
+        exponent = torch.tensor(exponents, device="cpu").view(-1, 1, 1)
     else:
         exponent = torch.frexp(largest_elements(x)).exponent
     return times_power_of_two(x, -exponent, dtype)

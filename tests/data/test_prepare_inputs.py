@@ -340,8 +340,7 @@ def test_long_records_and_blank_lines_between_them_are_json_lines(
     pytest.importorskip("fsspec", reason="needs the extra remote")
     path = tmp_path / "long.txt"
     path.write_text("\n\n".join(json.dumps({"text": f"{n}" * n_chars}) for n in range(4)))
-    found = texts_of(f"file://{path}" if far else path)
-    assert found == [f"{n}" * n_chars for n in range(4)]
+    assert texts_of(f"file://{path}" if far else path) == [f"{n}" * n_chars for n in range(4)]
 
 
 # ------------------------------------------------------------------ which files

@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -63,13 +64,6 @@ ISSUE_BOUND = [
         0.85,
         "a row in the registers of a program",
     ),
-    (
-        "sm_100",
-        "cross_entropy_kernel",
-        " V=32000 ",
-        1.17,
-        "a row in the registers of a program, by Triton 3.6; 3.7 gives 1.2",
-    ),
     ("", "cross_entropy_kernel", "every option", 0.2, "a capped logit costs a tanh, twice"),
     (
         "sm_100",
@@ -80,6 +74,9 @@ ISSUE_BOUND = [
     ),
     ("sm_100", "_rope_kernel", "bf16|fp16", 0.9, "addresses of two tensors, and masks"),
 ]
+if version("triton").startswith("3.6."):
+    why = "1.178 by Triton 3.6; later ones give 1.2"
+    ISSUE_BOUND.append(("sm_100", "cross_entropy_kernel", " V=32000 ", 1.17, why))
 # What is compiled for others than sm_90, for which the configurations are chosen.
 FEW = (
     "cross_entropy bf16 V=50257",

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import importlib
 import math
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -388,24 +389,43 @@ def test_S5_shards_go_through_the_kernels(
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(64, 2051), (257, 515)])  # not whole vectors a thread
-@pytest.mark.parametrize("products", [torch.bfloat16, torch.float32])
-def test_no_bit_of_a_step_in_bf16_depends_on_the_number_of_threads(
-    shape: tuple[int, int], products: torch.dtype
-) -> None:
+def for_each_number_of_threads(run: Callable[[], Tensor]) -> list[Tensor]:
     before, results = torch.get_num_threads(), []
-    start, grad = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)).bfloat16()
     try:
         for n_threads in range(1, 7):
             torch.set_num_threads(n_threads)
-            param = nn.Parameter(start.clone())
-            optimizer = Muon([param], lr=0.02, weight_decay=0.1, ns_dtype=products)
-            for _ in range(2):
-                param.grad = grad.clone()
-                optimizer.step()
-            results.append(param.detach())
+            results.append(run())
     finally:
         torch.set_num_threads(before)
+    return results
+
+
+def test_what_is_added_to_products_in_bf16_does_not_depend_on_the_number_of_threads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of the products themselves the library decides that multiplies."""
+    module = importlib.import_module("fasttrain_kernels.newton_schulz")
+    monkeypatch.setattr(module, "symmetric_product", lambda a, b: a * b)
+    gram = torch.randn(8, 128, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
+    results = for_each_number_of_threads(lambda: module._tighten(gram, -4.775, 2.0315)[1])
+    assert all(torch.equal(result, results[0]) for result in results[1:])
+
+
+@pytest.mark.parametrize("shape", [(64, 2051), (257, 515)])  # not whole vectors a thread
+def test_an_update_of_bf16_weights_does_not_depend_on_the_number_of_threads(
+    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = importlib.import_module("fasttrain_kernels.muon")
+    monkeypatch.setattr(module, "newton_schulz", lambda g, *_, dtype: g.to(dtype))
+    start, grad = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+
+    def step() -> Tensor:
+        param = nn.Parameter(start.clone())
+        param.grad = grad.clone()
+        Muon([param], lr=0.0123, weight_decay=0.1, ns_dtype=torch.float32).step()
+        return param.detach()
+
+    results = for_each_number_of_threads(step)
     assert all(torch.equal(result, results[0]) for result in results[1:])
 
 

@@ -161,8 +161,8 @@ class File:
             same = (now.size, now.version) == (self.size, self.version)
         else:
             store.file_system(self.path)[0].invalidate_cache()
-            found = _remote_file(self.path, remote(self.path, "info"))
-            same = found.size == self.size and (found.version or "") == (self.version or "")
+            now = _remote_file(self.path, remote(self.path, "info"))
+            same = now.size == self.size and (now.version or "") == (self.version or "")
         if not same:
             remedy = "start again when nothing writes to it anymore"
             raise DataError(f"{self}: changed while it was read; {remedy}")
