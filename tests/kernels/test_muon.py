@@ -422,7 +422,8 @@ def test_an_update_of_bf16_weights_does_not_depend_on_the_number_of_threads(
     def step() -> Tensor:
         param = nn.Parameter(start.clone())
         param.grad = grad.clone()
-        Muon([param], lr=0.0123, weight_decay=0.1, ns_dtype=torch.float32).step()
+        options = {"momentum": 0.0, "scale": "none", "weight_decay": 0.1}
+        Muon([param], lr=0.615, ns_dtype=torch.float32, **options).step()
         return param.detach()
 
     results = for_each_number_of_threads(step)
