@@ -325,8 +325,18 @@ def newest_run_dir(
     ``decay_from`` began if that is named again.
     """
     out_dir = Path(config.run.out_dir)
-    if config.run.name is not None:
-        return out_dir / config.run.name
+    if (given := config.run.name) is not None:
+        record = _record(config, given)
+        if (
+            decay_from
+            and record
+            and not _continues(out_dir / given, record, config, decay_from, allow_change)
+        ):
+            raise UserError(
+                f"{out_dir / given} exists already and does not decay from {decay_from}; name that "
+                "run alone to continue it, or set another run.name"
+            )
+        return out_dir / given
     address, mirrored = config.checkpoint.mirror, _in_mirror(config)
     ages: dict[tuple[float, int], str] = {}
     unfinished: dict[tuple[float, int], str] = {}

@@ -7,6 +7,7 @@ import json
 import lzma
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from fasttrain.data.files import DataError
 from fasttrain.data.format import open_dataset
 from fasttrain.data.prepare import sources
+from fasttrain.data.prepare.build import merge
 from fasttrain.data.prepare.inputs import find_files, local_file
 from fasttrain.data.prepare.sources import Source, Splitter
 from fasttrain.prepare import prepare
@@ -572,6 +574,42 @@ def test_few_bad_bytes_are_counted_and_many_behind_a_good_beginning_refused(
         run(tmp_path / "many", path)
 
 
+@pytest.mark.parametrize("encoding", ["iso2022_jp", "iso2022_jp_2", "iso2022_kr"])
+def test_an_encoding_of_seven_bits_is_refused_until_it_is_named(
+    tmp_path: Path, encoding: str
+) -> None:
+    text = ("한국어 문장. " if encoding == "iso2022_kr" else "日本語の文章。") * 20
+    (tmp_path / "in.txt").write_bytes(f"Plain\n{text}\n".encode(encoding))
+    with pytest.raises(DataError, match=r"in\.txt: .* as --encoding iso2022_"):
+        texts_of(tmp_path / "in.txt")
+    assert texts_of(tmp_path / "in.txt", encoding=encoding) == [f"Plain\n{text}\n"]
+
+
+def test_records_in_another_encoding_are_refused_in_a_folder_too(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a text")
+    lines = json.dumps({"text": "déjà vu"}, ensure_ascii=False) + "\n"
+    (tmp_path / "b.json").write_bytes((lines * 9).encode("latin-1"))
+    (tmp_path / "c.json").write_text("// a comment, as in tsconfig.json\n{}\n")
+    with pytest.raises(DataError, match=r"b\.json: not UTF-8: .*--encoding"):
+        find_files([str(tmp_path)])
+    files, left_out = find_files([str(tmp_path)], encoding="latin-1")
+    assert [Path(file.path).name for file in files] == ["a.txt", "b.json"]
+    assert left_out == {"not JSON": {str(tmp_path / "c.json"): None}}
+
+
+@pytest.mark.parametrize("kind", ["txt", "txt.gz", "tar"])
+def test_a_bad_byte_far_into_a_file_is_told_with_its_line(tmp_path: Path, kind: str) -> None:
+    lines = 40_000 * b"nothing is wrong in this line\n"
+    content = lines + b"\xe9\n" + lines + b"\0\n"
+    path = tmp_path / f"in.{kind}"
+    packed = {"txt": content, "txt.gz": gzip.compress(content, 1)}
+    path.write_bytes(packed.get(kind) or tar({"in.txt": content}))
+    where = f"{path}/in.txt" if kind == "tar" else str(path)
+    with pytest.raises(DataError, match=rf"^{re.escape(where)}:40001: .*--strict"):
+        run(tmp_path / "out", path, strict=True)
+    assert "bad bytes: 2 (" in run(tmp_path / "out", path)[1]
+
+
 def test_a_named_encoding_is_that_of_files_which_do_not_show_another(tmp_path: Path) -> None:
     text = "Le café est “très” agréable, déjà.\n" * 20
     for name in ("cp1252", "utf-8", "utf-8-sig", "utf-16"):
@@ -683,6 +721,38 @@ def test_where_no_record_has_a_text_the_fields_that_are_there_are_named(
     if "data" in record:
         run(tmp_path / "out", tmp_path / "in.jsonl", text_field="data.text")
         assert open_dataset(tmp_path / "out", "train").n_documents == 9
+
+
+def test_a_file_without_a_text_beside_others_that_have_one_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text('{"text": "fine"}\n' * 9 + '{"id": 1}\n')
+    (folder / "b.jsonl").write_text('{"body": "lost", "id": 1}\n' * 3)
+    (folder / "c.json").write_text('{\n "name": "x"\n}\n')
+    notes = run(tmp_path / "out", folder)
+    named = [line for line in notes if line.startswith("No record has a text")]
+    b = folder / "b.jsonl"
+    assert named == [
+        f"No record has a text in 'text' in {b} (it has body (text), id (number)), nor in 1 other "
+        "file"
+    ]
+    assert "records without a text in 'text' (left out): 5" in notes
+
+
+def test_a_document_of_which_the_end_is_held_out_counts_once(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in "abc":
+        (folder / f"{name}.txt").write_text(f"a line of {name}\n" * 2000)
+    notes = run(tmp_path / "out", folder, val_fraction=0.1)
+    assert ", 3 documents, " in notes[1]
+    held_out = open_dataset(tmp_path / "out", "val").n_documents
+    assert open_dataset(tmp_path / "out", "train").n_documents + held_out > 3
+    for number in (1, 2):
+        run(tmp_path / "whole", folder, val_fraction=0.1, shard_of=f"{number}/2")
+    merged: list[str] = []
+    merge(tmp_path / "whole", note=merged.append)
+    assert merged[0] == notes[1]
 
 
 def test_columns_of_parquet_are_text_or_named_by_their_type(tmp_path: Path) -> None:

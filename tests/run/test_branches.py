@@ -335,6 +335,22 @@ def test_a_branch_starts_again_from_the_parent_that_it_recorded_and_no_namesake(
     ]
 
 
+def test_a_branch_that_is_named_is_not_that_of_another_checkpoint(
+    toy: Path, capsys: Capture
+) -> None:
+    command = [str(toy), "schedule.name=wsd", *KEYS]
+    assert main([*command, "checkpoint.every_steps=2", "--stop-at-step", "4"]) == 75
+    source = "runs/toy/checkpoints/step-{:08d}"
+    job = [*command, "train.steps=6", "run.name=fork", "--resume", "auto", "--decay-from"]
+    assert main([*job, source.format(2), "--stop-at-step", "5"]) == 75
+    before = contents(Path("runs/fork"))
+    assert main([*job, source.format(4)]) == 2
+    assert "fork exists already and does not decay from" in capsys.readouterr().err
+    assert contents(Path("runs/fork")) == before
+    assert main([*job, source.format(2)]) == 0
+    assert rows(Path("runs/fork"))[-1]["step"] == 6
+
+
 def test_a_job_that_decays_from_another_checkpoint_starts_another_branch(toy: Path) -> None:
     command = [str(toy), "schedule.name=wsd", *KEYS]
     assert main([*command, "checkpoint.every_steps=2", "--stop-at-step", "4"]) == 75

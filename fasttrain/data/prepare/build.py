@@ -175,7 +175,7 @@ def prepare(
                     note(f"{problem}. Encoding all of it with tokenizers instead, which is slower")
                     partial.state = {}
                     partial.save(exact=True)
-        publish(partial, writers, encoder.end_of_text, source.problems, note)
+        publish(partial, writers, encoder.end_of_text, source.problems, source.n_documents, note)
     seconds, total = time.perf_counter() - begin, sum(w.n_bytes for w in writers.values())
     note(f"Wrote {shown(place)} in {seconds:.1f} s ({total / 1e6 / seconds:.1f} MB/s)")
 
@@ -202,6 +202,7 @@ def publish(
     writers: Mapping[Split, ShardWriter],
     end_of_text: int | None,
     problems: Mapping[str, int],
+    n_documents: int,
     note: Note,
 ) -> None:
     """Finish the shards; give the dataset its `dataset.json` and its name; say what is in it."""
@@ -214,11 +215,10 @@ def publish(
         vocab_size=writers["train"].vocab_size,
         end_of_text=end_of_text,
         splits={k: (w.close(), w.n_bytes) for k, w in writers.items() if w.n_tokens or is_part},
-        source=source | {"problems": dict(sorted(problems.items()))},
+        source=source | {"n_documents": n_documents, "problems": dict(sorted(problems.items()))},
     )
     partial.publish()
     n_bytes = sum(writer.n_bytes for writer in writers.values())
-    n_documents = sum(writer.n_documents for writer in writers.values())
     n_bad = problems.get(sources.BAD_BYTES, 0)
     share = f"{n_bad:,} ({100 * n_bad / max(n_bytes, 1):.2g} %)" if n_bad else "0"
     note(
@@ -385,7 +385,7 @@ def write_splits(
                 parts = [np.append(ids[n], tail) if pieces[n].last else ids[n] for n in mine]
                 ends = np.cumsum([part.size for part in parts], dtype=np.int64)
                 last = np.array([pieces[n].last for n in mine], bool)
-                n_bytes = sum(len(pieces[n].text.encode()) for n in mine)
+                n_bytes = sum(_n_bytes(pieces[n].text) for n in mine)
                 writer.write(np.concatenate([tail[:0], *parts]), ends[last], n_bytes)
             n_batches += 1
             if time.monotonic() - saved >= CHECKPOINT_S:
@@ -398,6 +398,11 @@ def write_splits(
     if n_lost:
         splitter.source.problems[encoder.losses.what] = n_lost
     return writers
+
+
+def _n_bytes(text: str) -> int:
+    """Return the size of a text in UTF-8, without making a copy of most."""
+    return len(text) if text.isascii() else len(text.encode())
 
 
 def merge(out: Path | str, *, resume: bool = False, note: Note = say) -> None:
@@ -422,8 +427,15 @@ def merge(out: Path | str, *, resume: bool = False, note: Note = say) -> None:
             for part, meta in zip(parts, metas, strict=True):
                 if meta["splits"][split]["tokens"]:
                     _copy_tokens(open_dataset(part, split, shard_cache=fetched), writer)
-        publish(partial, writers, metas[0]["end_of_text"], problems, note)
+        n_documents = sum(map(_n_documents, metas))
+        publish(partial, writers, metas[0]["end_of_text"], problems, n_documents, note)
     note(f"Merged {shown(place)}; {shown(place)}.parts is no longer needed")
+
+
+def _n_documents(meta: Mapping[str, Any]) -> int:
+    """Return the documents of a part's text; those cut in two count twice in older parts."""
+    of_splits = sum(split["documents"] for split in meta["splits"].values())
+    return int(meta["source"].get("n_documents", of_splits))
 
 
 def _copy_tokens(dataset: TokenDataset, writer: ShardWriter) -> None:

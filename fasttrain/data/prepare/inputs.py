@@ -89,6 +89,7 @@ _BOMS = {
 _KEY = r'"(?:[^"\\]|\\.)*"\s*:'
 _OBJECT = re.compile(r"\{\s*" + _KEY)
 _ARRAY = re.compile(r"\[\s*\{\s*(?:\}|" + _KEY + ")")
+_ISO_2022 = re.compile(rb"\x1b\$([()]?)[@-D]")  # to a set of two bytes a character
 _CONTROLS = bytes(set(range(32)) - set(b"\t\n\r\f\v\b\x1b"))
 
 
@@ -107,7 +108,14 @@ PLAIN = Content()
 
 
 class UnclearError(DataError):
-    """It is not sure what a file holds; the message names what settles it."""
+    """It is not sure what a file holds; the message names what settles it.
+
+    `reason` is why a file in a folder is left out; None where it must not be.
+    """
+
+    def __init__(self, message: str, reason: str | None = "not text") -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -516,9 +524,9 @@ def _looked(file: File, in_folder: bool, *, format: str, encoding: str) -> tuple
     is_known = file.endings()[0] in KNOWN
     try:
         content = look(file, format=format, encoding=encoding)
-    except UnclearError:
-        if in_folder and not is_known:
-            return file, "not text"
+    except UnclearError as error:
+        if in_folder and not is_known and error.reason:
+            return file, error.reason
         raise
     if in_folder and content.format == "text" and not is_known:
         return file, "with an unknown ending"
@@ -637,10 +645,17 @@ def _encoding(
     n_bad = text.count("\ufffd") - head.count(b"\xef\xbf\xbd")
     if sure:
         return "utf-8"
+    if named_by_escapes := _ISO_2022.search(head):
+        name = "iso2022_kr" if named_by_escapes[1] == b")" else "iso2022_jp_2"
+        problem = "switches character sets by escape sequences, as ISO-2022 does"
+        remedy = f"name its encoding, as --encoding {name}"
+        raise UnclearError(f"{file}: {problem}; {remedy}", "not UTF-8")
     if len(head.translate(None, _CONTROLS)) < 0.95 * len(head):
         raise UnclearError(f"{file}: looks like binary data, not text; {_SETTLE}")
     if is_bad(n_bad, len(head)):
-        raise UnclearError(f"{file}: {bad_text(n_bad, len(head))}; {_guess(head)}")
+        is_json = file.endings()[0] == ".json"  # which is taken whatever folder it is in
+        reason = None if is_json else "not UTF-8"
+        raise UnclearError(f"{file}: {bad_text(n_bad, len(head))}; {_guess(head)}", reason)
     return "utf-8"
 
 
@@ -691,7 +706,8 @@ def _format(start: str, is_whole: bool, ending: str, file: File) -> str:
     if _OBJECT.match(start) or (ending == ".json" and re.match(r"\[\s*[\[\]\"{\d]", start)):
         return "json"
     if ending == ".json" and start:
-        raise UnclearError(f"{file}: not JSON, as its name says; name what it is: --format text")
+        problem = "not JSON, as its name says"
+        raise UnclearError(f"{file}: {problem}; name what it is: --format text", "not JSON")
     return "text"
 
 

@@ -24,6 +24,7 @@ from typing import IO, Any, NamedTuple, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from fasttrain.config.keys import counted
 from fasttrain.config.untrusted import json_object
 from fasttrain.data.files import DataError
 from fasttrain.data.prepare import inputs
@@ -121,6 +122,9 @@ class Source:
         self.other_fields: dict[str, str] = {}  # of records without a text, with their types
         self.done_bytes = 0  # of `n_bytes`, read by this pass
         self.n_read = 0  # bytes of content that this pass has read, records and all
+        self.n_documents = 0  # that this pass has given out
+        self._fields: dict[str, str] = {}  # of the first record without a text in this file
+        self._without_text: dict[str, str] = {}  # files of this pass, with their fields
         # Called with each line that a user should see before the end.
         self.note: Callable[[str], None] = lambda line: None
         self._is_binary: bool | None = None  # the column of the text in Parquet
@@ -160,8 +164,9 @@ class Source:
     def documents(self) -> Iterator[Document]:
         """All documents in order, empty ones left out."""
         self.problems.clear()
-        self.done_bytes = self._before = self.n_read = 0
+        self.done_bytes = self._before = self.n_read = self.n_documents = 0
         self._has_separator = False
+        self._without_text.clear()
         for file in self.files:
             self._file = file
             with reading(file):
@@ -169,9 +174,20 @@ class Source:
                 file.check_unchanged()
             self.done_bytes = self._before = self._before + file.size
         self._judge("the input", self.problems[BAD_BYTES], self.n_read)
+        self._tell_without_text()
         if self.separator and not self._has_separator and self.separator not in self._told:
             self._told.add(self.separator)
             self.note(f"--separator {self.separator!r} ends no document: the text does not hold it")
+
+    def _tell_without_text(self) -> None:
+        """Name the first file that gave nothing, unless none gave anything."""
+        if not self._without_text or not self.n_documents or self.field in self._told:
+            return
+        self._told.add(self.field)
+        name, fields = next(iter(self._without_text.items()))
+        others = len(self._without_text) - 1
+        also = f", nor in {counted(others, 'other file')}" * bool(others)
+        self.note(f"No record has a text in {self.field!r} in {name} (it has {fields}){also}")
 
     def _judge(self, what: object, n_bad: int, n_bytes: int) -> None:
         """Refuse a text of another encoding, unless one was named."""
@@ -187,7 +203,12 @@ class Source:
             return
         readers = {"jsonl": self._lines, "json": self._values, "parquet": self._rows}
         plain = self._parted if self.separator else self._plain
-        yield from readers.get(content.format, plain)(file, content)
+        n_documents, self._fields = self.n_documents, {}
+        for document in readers.get(content.format, plain)(file, content):
+            self.n_documents += 1
+            yield document
+        if self._fields and self.n_documents == n_documents:
+            self._without_text[str(file)] = _in_words(self._fields)
         self._judge(file, self.problems[BAD_BYTES] - n_bad, self.n_read - n_before)
 
     def _archived(self, file: File, archive: Content) -> Iterator[Document]:
@@ -196,8 +217,8 @@ class Source:
                 is_known = member.endings()[0] in KNOWN
                 try:
                     content = look(member, format=self.format, encoding=self.encoding)
-                except UnclearError:
-                    if is_known:
+                except UnclearError as error:
+                    if is_known or error.reason is None:
                         raise
                     self.problems[NO_TEXT_FILES] += 1
                     continue
@@ -220,11 +241,11 @@ class Source:
             self.done_bytes = self._before + at
 
     def _plain(self, file: File, content: Content) -> Iterator[Document]:
-        counted = _Counted()
+        seen = _Seen()
 
         def pieces() -> Iterator[str]:
             with reading(file):
-                yield from _pieces(self._decoded(file, content, counted))
+                yield from _pieces(self._decoded(file, content, seen))
 
         if next(pieces(), None) is None:
             self._problem(EMPTY, str(file))
@@ -236,7 +257,7 @@ class Source:
         separator = self.separator
         rest, line = "", 1
         is_first = True
-        for block in self._decoded(file, content, _Counted()):
+        for block in self._decoded(file, content, _Seen()):
             unseen = max(len(rest) - 2 * len(separator), 0)
             rest += block
             if self._ends.search(rest, unseen):
@@ -258,14 +279,13 @@ class Source:
         if text.strip():
             yield Document(where, partial(_pieces, [text]))
 
-    def _decoded(self, file: File, content: Content, counted: "_Counted") -> Iterator[str]:
+    def _decoded(self, file: File, content: Content, seen: "_Seen") -> Iterator[str]:
         """A file's text, block by block; what is not valid in its encoding becomes U+FFFD.
 
-        What is `counted` in one reading is not counted again in the next.
+        What is `seen` in one reading is not counted again in the next.
         """
         decoder = Decoder(content.encoding)
-        line = 1
-        n_read = n_bad = 0
+        n_read = n_bad = n_blocks = 0
         block = b"-"
         with file.open() as raw:
             stream = unpacked(raw, content.packed, file)
@@ -273,15 +293,16 @@ class Source:
                 block = stream.read(PIECE_CHARS)
                 text, n_bad_here, n_lines = decoder.decode(block)
                 n_read += len(block)
-                self.n_read += max(n_read - counted.n_read, 0)
-                counted.n_read = max(n_read, counted.n_read)
+                self.n_read += max(n_read - seen.n_read, 0)
+                seen.n_read = max(n_read, seen.n_read)
                 if n_bad_here:
-                    if not counted.n_bad:
-                        self._problem(INVALID_UTF8, f"{file}:{line + n_lines}")
+                    if not seen.n_bad:
+                        n_lines += _lines_before(file, content, n_blocks)
+                        self._problem(INVALID_UTF8, f"{file}:{1 + n_lines}")
                     n_bad += n_bad_here
-                    self.problems[BAD_BYTES] += max(n_bad - counted.n_bad, 0)
-                    counted.n_bad = max(n_bad, counted.n_bad)
-                line += text.count("\n")
+                    self.problems[BAD_BYTES] += max(n_bad - seen.n_bad, 0)
+                    seen.n_bad = max(n_bad, seen.n_bad)
+                n_blocks += 1
                 yield text
                 self._show(file, raw.tell())
 
@@ -421,8 +442,9 @@ class Source:
             value = record
             for name in self.field.split("."):
                 value = value.get(name) if isinstance(value, dict) else None
-        if not isinstance(value, str) and not self.other_fields:
-            self.other_fields = _fields(record)
+        if not isinstance(value, str) and not self._fields:
+            self._fields = _fields(record)
+            self.other_fields = self.other_fields or self._fields
         yield from self._record(value, where)
 
     def _record(self, text: object, where: str) -> Iterator[Document]:
@@ -454,7 +476,7 @@ class Source:
 
 
 @dataclass
-class _Counted:
+class _Seen:
     """What of a file is counted in this pass."""
 
     n_read: int = 0
@@ -462,6 +484,18 @@ class _Counted:
 
 
 _BETWEEN = re.compile(r"[\s,]*")
+
+
+def _lines_before(file: File, content: Content, n_blocks: int) -> int:
+    """Return how many lines end in the first blocks of a file.
+
+    They are read again, because counting the lines of each text would take a tenth of the time.
+    """
+    decoder = Decoder(content.encoding)
+    with file.open() as raw:
+        stream = unpacked(raw, content.packed, file)
+        blocks = (decoder.decode(stream.read(PIECE_CHARS))[0] for _ in range(n_blocks))
+        return sum(text.count("\n") for text in blocks)
 
 
 def _too_long(where: str, what: str) -> DataError:
@@ -480,6 +514,10 @@ def _fields(record: dict[str, Any]) -> dict[str, str]:
             shown = path if path.isprintable() else repr(path)
             fields[shown[:60]] = names.get(type(item), "number")
     return dict(islice(fields.items(), 12))
+
+
+def _in_words(fields: dict[str, str]) -> str:
+    return ", ".join(f"{name} ({kind})" for name, kind in fields.items())
 
 
 def _pieces(blocks: Iterable[str]) -> Iterator[str]:
@@ -588,7 +626,7 @@ class Splitter:
             reasons = "; ".join(f"{n} {reason}" for reason, n in source.problems.items())
             fields = source.other_fields
             texts = [name for name, kind in fields.items() if kind == "text"]
-            remedy = f": the first record has {', '.join(f'{n} ({k})' for n, k in fields.items())}"
+            remedy = f": the first record has {_in_words(fields)}"
             remedy += f"; name its text: --text-field {texts[0] if texts else 'NAME'}"
             problem = f"there is no text in the input ({reasons or 'no documents'})"
             raise DataError(problem + remedy * bool(fields))

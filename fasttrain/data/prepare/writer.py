@@ -23,7 +23,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,6 +73,7 @@ class _PartRecord(TypedDict):  # what `merge` uses of a part's `prepared.json`
 
 class _Problems(TypedDict):
     problems: dict[str, int]
+    n_documents: NotRequired[int]  # as the input has them, of which some may be in both splits
 
 
 class _PartDescription(TypedDict):  # the same of its `dataset.json`
