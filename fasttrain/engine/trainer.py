@@ -32,7 +32,7 @@ from fasttrain.engine.state import RunState, StateGuard, restore_rng
 from fasttrain.engine.step import StepNumbers, TrainStep
 from fasttrain.log.console import Console
 from fasttrain.log.timing import StepProfiler
-from fasttrain.model.runtime import compile_cache_use
+from fasttrain.model.compiled import compile_cache_use, record_compiled
 from fasttrain.model.transformer import Transformer
 
 # With train.hours the number of steps is estimated once, from the time that steps took up to here.
@@ -178,6 +178,7 @@ class Trainer:
                 if cache := compile_cache_use():
                     took = f"first step after {state.first_step_s:.1f} s"
                     self.console.note(f"{took} (compile cache {cache})")
+                    record_compiled()
             self._decide_together()
             # Its verdict, before anything is saved; its line of the log
             last = self._finished()
@@ -187,6 +188,8 @@ class Trainer:
                     continue
                 if log or stopping:
                     self.reporter.train(steps[-1], stopped=not log)
+            if state.due(config.checkpoint.every_steps) and compile_cache_use():
+                record_compiled()  # of evaluation too, and files that other ranks were writing
             if check_every and (stopping or last or state.due(check_every)):
                 self.recovery.check_copies()
             self.reporter.watch_cores()

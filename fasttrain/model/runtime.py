@@ -9,21 +9,19 @@ import os
 import shutil
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import torch
-from fasttrain_kernels._torch import compile_cache_counts, has_bf16_instructions
 from fasttrain_kernels.cpu import compiler, computes_in, is_supported
-from fasttrain_kernels.cpu._cache import UnsafeFolderError, private_folder
 from fasttrain_kernels.cpu.blocks import KINDS, build, run_blocks_on_cpu
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from fasttrain.command import tell, usable_cores
+from fasttrain.command import usable_cores
 from fasttrain.config import TrainConfig, UserError, refuse
 from fasttrain.data.files import cache_folder
 from fasttrain.device import keep_freed_memory, resolve_precision, set_threads
+from fasttrain.model.compiled import keep_compiled
 from fasttrain.model.transformer import Block, Transformer, run_block, run_blocks
 
 # Four layers, from a cold cache: 28 s as one graph against 17 s as one block, but steps 10 %
@@ -133,44 +131,6 @@ def prepare_process(config: TrainConfig, device: torch.device) -> None:
     else:
         keep_freed_memory()
     keep_compiled(cache_folder(config.data.cache_dir) / "compiled")
-
-
-def keep_compiled(folder: Path) -> None:
-    """Have torch.compile keep what it makes in ``folder`` from one process to the next.
-
-    Torch's own choice is the folder for temporary files, which a restart clears. Where
-    ``TORCHINDUCTOR_CACHE_DIR`` is set, it stands. A folder that others can write is not used: what
-    lies in it is executed. Each kind of CPU has a folder of its own: the key
-    of an entry leaves out the width of its vectors, and code for AVX-512 that is found and built
-    for AVX2 skips half of the elements (torch 2.13). Entries are named by the content of the graph:
-    configs share them. First step of the former base.toml, two Zen 3 cores: 31 to 45 s with an
-    empty folder, 5 s with its own entries; 10.5 s with the trace kept as well (precompilation).
-    """
-    if "TORCHINDUCTOR_CACHE_DIR" in os.environ:
-        return
-    bf16 = "-bf16" if has_bf16_instructions() else ""
-    kind = torch.backends.cpu.get_cpu_capability() + bf16
-    try:
-        kept = private_folder(folder / kind)
-    except UnsafeFolderError as error:
-        own = cache_folder() / "compiled" / kind
-        tell(f"warning: {error}: compiled code is kept in {own}, not in data.cache_dir")
-        try:
-            kept = private_folder(own)
-        except OSError as problem:
-            remedy = "set TORCHINDUCTOR_CACHE_DIR to a folder that only you can write"
-            raise UserError(f"no folder to keep compiled code in: {problem}; {remedy}") from error
-    except OSError as error:
-        raise UserError(f"{folder}: {error.strerror or error}; set data.cache_dir") from error
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(kept)
-
-
-def compile_cache_use() -> str | None:
-    """Return how warm the cache was for what this process compiled; None: nothing was compiled."""
-    hits, misses = compile_cache_counts() or (0, 0)
-    if not misses:
-        return "warm" if hits else None
-    return "partly warm" if hits else "cold"
 
 
 # The operations whose results ``selective`` keeps: matrix products and attention.

@@ -12,7 +12,8 @@ import torch
 
 from fasttrain.command import command, usable_cores
 from fasttrain.device import set_threads
-from fasttrain.model.runtime import compile_cache_use, compile_function, keep_compiled
+from fasttrain.model.compiled import compile_cache_use, keep_compiled
+from fasttrain.model.runtime import compile_function
 from tests.support.toy import ENV
 
 COMPILER = ("torch._dynamo", "torch._inductor", "sympy")
@@ -31,7 +32,7 @@ def test_a_run_that_compiles_nothing_is_loaded_and_trains_without_the_compiler()
 import fasttrain.run.run
 from fasttrain.command import command, usable_cores
 from fasttrain.device import set_threads
-from fasttrain.model.runtime import compile_cache_use
+from fasttrain.model.compiled import compile_cache_use
 assert compile_cache_use() is None
 print(*sys.modules)
 import torch
@@ -68,6 +69,7 @@ def test_N10_the_command_lists_its_commands_without_the_config() -> None:
 def test_compiled_code_is_kept_where_it_was_asked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))  # not to be left set
     kept = []
     for capability in ("AVX2", "AVX512"):  # of one, code found by the other computes wrongly
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda c=capability: c)

@@ -28,7 +28,7 @@ from fasttrain.data.files import DataError, beneath, file_system, put
 from fasttrain.data.format import fetch_description
 from fasttrain.data.remote import ShardCache
 from fasttrain.log.sinks import CsvLogger, JsonlLogger, LogFile, Sinks
-from fasttrain.model.runtime import keep_compiled
+from fasttrain.model.compiled import keep_compiled
 from fasttrain.train import main
 from tests.support.toy import ROOT, write_config
 
@@ -161,6 +161,7 @@ def test_R36_compiled_code_is_not_kept_where_others_can_write(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # so that it is put back
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))  # not to be left set
     writable(tmp_path / "shared")
     keep_compiled(tmp_path / "shared")
     assert Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]).is_relative_to(tmp_path / "home")
