@@ -385,7 +385,7 @@ def write_splits(
                 parts = [np.append(ids[n], tail) if pieces[n].last else ids[n] for n in mine]
                 ends = np.cumsum([part.size for part in parts], dtype=np.int64)
                 last = np.array([pieces[n].last for n in mine], bool)
-                n_bytes = sum(_n_bytes(pieces[n].text) for n in mine)
+                n_bytes = sum(sources.size_of(pieces[n].text) for n in mine)
                 writer.write(np.concatenate([tail[:0], *parts]), ends[last], n_bytes)
             n_batches += 1
             if time.monotonic() - saved >= CHECKPOINT_S:
@@ -398,11 +398,6 @@ def write_splits(
     if n_lost:
         splitter.source.problems[encoder.losses.what] = n_lost
     return writers
-
-
-def _n_bytes(text: str) -> int:
-    """Return the size of a text in UTF-8, without making a copy of most."""
-    return len(text) if text.isascii() else len(text.encode())
 
 
 def merge(out: Path | str, *, resume: bool = False, note: Note = say) -> None:

@@ -905,7 +905,8 @@ class Decoder:
     """Decodes a text block by block; what is not valid, or NUL, becomes U+FFFD and counts."""
 
     def __init__(self, encoding: str) -> None:
-        name = "utf-8-sig" if codecs.lookup(encoding).name == "utf-8" else encoding
+        self._is_utf8 = codecs.lookup(encoding).name == "utf-8"
+        name = "utf-8-sig" if self._is_utf8 else encoding
         self._decoder = codecs.getincrementaldecoder(name)()
         self._skips_mark = codecs.lookup(encoding).name.startswith(("utf-16-", "utf-32-"))
 
@@ -917,7 +918,8 @@ class Decoder:
             if self._skips_mark and text:
                 self._skips_mark = False
                 text = text.removeprefix("\ufeff")
-            if "\0" not in text:
+            # In bytes, a search for one takes a third of the time.
+            if b"\0" not in block if self._is_utf8 else "\0" not in text:
                 return text, 0, 0
             n_lines = text.partition("\0")[0].count("\n")
             return text.replace("\0", "\ufffd"), text.count("\0"), n_lines

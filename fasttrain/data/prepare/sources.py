@@ -79,6 +79,8 @@ SEPARATORS = (
     "</s>",
     "<eos>",
 )
+# All begin with one character, for which a compiled expression looks faster than a search for each.
+_SEPARATORS = re.compile("|".join(map(re.escape, SEPARATORS)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,9 +152,8 @@ class Source:
 
     def sample(self, text: str) -> None:
         """Look into a text for what separates documents elsewhere."""
-        ends = [end for end in ("|>", "s>") if end in text]  # two searches, not one for each
-        for separator in SEPARATORS if ends else ():
-            if separator[-2:] in ends and (n_times := text.count(separator)):
+        for separator in SEPARATORS if _SEPARATORS.search(text) else ():
+            if n_times := text.count(separator):
                 self.problems[f"{separator} in the text"] += n_times
                 if separator not in self._told:
                     self._told.add(separator)
@@ -678,11 +679,11 @@ class Splitter:
             text = split = before = ""
             for block in document.pieces():
                 inside = len(block) if not held_out else 0
-                if 0 < held_out < size:
-                    content = block.encode()
-                    inside = _inside(content, border - at, held_out, at > 0)
-                    inside = len(content[:inside].decode(errors="ignore"))
-                    at += len(content)
+                if 0 < held_out < size and at < border:
+                    end = at + size_of(block)
+                    fits = end <= border
+                    inside = len(block) if fits else _inside(block, border - at, held_out, at > 0)
+                    at = end
                 for name, part in (("train", block[:inside]), ("val", block[inside:])):
                     if part and text:
                         self.source.sample(text)
@@ -702,14 +703,17 @@ class Splitter:
         return size, min(self.rule.held_out(size, share), size)
 
 
-def _inside(content: bytes, room: int, held_out: int, is_later: bool) -> int:
-    """Return how many bytes of a document's piece are for training, which has `room` for these.
+def size_of(text: str) -> int:
+    """Return the bytes of a text in UTF-8, without making a copy of most."""
+    return len(text) if text.isascii() else len(text.encode())
 
-    After a line's end if one is near.
+
+def _inside(text: str, room: int, held_out: int, is_later: bool) -> int:
+    """Return how many characters of a document's piece are for training.
+
+    Of its bytes `room` are, but for what follows the last line's end if one is near.
     """
-    if room <= 0:
-        return 0
-    if room >= len(content):
-        return len(content)
+    content = text.encode()
     line = content.rfind(b"\n", 0, room) + 1
-    return line if room - line < min(1000, held_out // 4) and (line or is_later) else room
+    near = room - line < min(1000, held_out // 4) and (line or is_later)
+    return len(content[: line if near else room].decode(errors="ignore"))
