@@ -6,6 +6,7 @@ Nothing in those parts is written by hand: what has no file is "not measured".
 import inspect
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import fasttrain_kernels
@@ -15,6 +16,7 @@ from benchmarks.harness import ROOT, Document, folded, processor_of, read_all, t
 from fasttrain.config import config_reference
 
 PAGE, KERNELS = ROOT / "docs/benchmarks.md", ROOT / "kernels/README.md"
+RELIABILITY = ROOT / "docs/reliability.md"
 PART = "(?<=<!-- {0} -->\n).*?(?=<!-- /{0} -->)"  # of a page, that this writes
 KINDS = {"cpu": "On a CPU", "cuda": "On a GPU"}
 # Whole runs and steps are in sight; ops and parts are folded away.
@@ -218,15 +220,41 @@ def signatures() -> str:
     return "\n".join(lines) + "\n"
 
 
+def promises(page: str) -> str:
+    """Return the page's table of promises, with the files of the tests that hold each of them.
+
+    A test whose name begins with ``test_R4_R7_`` holds R4 and R7.
+
+    Raises:
+        ValueError: a test names a promise that is not in the table, or no test holds one that is.
+    """
+    files: dict[str, set[str]] = {}
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        for numbers in re.findall(r"^def test_((?:R\d+_)+)", path.read_text("utf-8"), re.M):
+            for number in numbers.strip("_").split("_"):
+                files.setdefault(number, set()).add(path.name)
+    rows = re.findall(r"^\| (R\d+) \| (.*) \|.*\|$", page, re.M)
+    if missing := files.keys() ^ {number for number, _ in rows}:
+        raise ValueError(f"promises without a row or without a test: {', '.join(sorted(missing))}")
+    lines = ["| | promise | tests |", "|---|---|---|"]
+    for number, promise in rows:
+        names = ", ".join(f"`{name}`" for name in sorted(files[number]))
+        lines.append(f"| {number} | {promise} | {names} |")
+    return "\n".join(lines) + "\n"
+
+
+def replace_part(page: Path, name: str, text: str) -> None:
+    """Replace what stands between ``<!-- name -->`` and ``<!-- /name -->`` in a page."""
+    before, after = re.split(PART.format(name), page.read_text("utf-8"), flags=re.S)
+    page.write_text(before + text + after, "utf-8")
+
+
 if __name__ == "__main__":
     documents = read_all()
     (compared,) = (d for d in documents if d["suite"] == "kernel_peers")
-    for page, name, text in (
-        (PAGE, "measured", render(documents)),
-        (KERNELS, "peers", kernels_table(compared)),
-        (KERNELS, "signatures", signatures()),
-        (ROOT / "docs/config.md", "config reference", config_reference()),
-    ):
-        before, after = re.split(PART.format(name), page.read_text("utf-8"), flags=re.S)
-        page.write_text(before + text + after, "utf-8")
+    replace_part(PAGE, "measured", render(documents))
+    replace_part(KERNELS, "peers", kernels_table(compared))
+    replace_part(KERNELS, "signatures", signatures())
+    replace_part(ROOT / "docs/config.md", "config reference", config_reference())
+    replace_part(RELIABILITY, "reliability", promises(RELIABILITY.read_text("utf-8")))
     print(f"{PAGE.relative_to(ROOT)} from {len(documents)} files")

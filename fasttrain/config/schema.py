@@ -411,7 +411,7 @@ class TrainConfig(Section):
         if self.schedule.name == "plateau" and self.eval.every_steps is None:
             yield "schedule.name", f"waits for {_ONE_EVALUATION}"
         if self.schedule.min_lr > peak:
-            yield "schedule.min_lr", f"is above the peak learning rate, {peak}; lower it"
+            yield "schedule.min_lr", f"is above the peak learning rate, optim.lr = {peak}; lower it"
         for name in ("train.on_nonfinite", "train.on_spike"):
             if attrgetter(name)(self) == "rollback" and self.checkpoint.every_steps is None:
                 yield name, "needs checkpoints; set checkpoint.every_steps"

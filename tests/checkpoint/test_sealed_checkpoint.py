@@ -64,7 +64,7 @@ def refused(status: int, capsys: Capture, *words: str) -> None:
 # ---- R31: a sealed checkpoint can be resumed -----------------------------------------------------
 
 
-def test_R31_F1_a_variable_named_like_a_secret_changes_no_number(
+def test_R31_a_variable_named_like_a_secret_changes_no_number(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -132,7 +132,7 @@ HUGE = {
 
 
 @pytest.mark.parametrize(("old", "new", "reason"), HUGE.values(), ids=HUGE)
-def test_R25_F6_a_config_that_asks_for_more_than_the_file_has(
+def test_R25_a_config_that_asks_for_more_than_the_file_has(
     old: str, new: str, reason: str, copy: Path, capsys: Capture
 ) -> None:
     text = (copy / "config.toml").read_text()
@@ -148,7 +148,7 @@ def test_R25_F6_a_config_that_asks_for_more_than_the_file_has(
     assert not Path("out").exists()
 
 
-def test_R25_F16_a_model_that_is_not_finite(copy: Path, capsys: Capture) -> None:
+def test_R25_a_model_that_is_not_finite(copy: Path, capsys: Capture) -> None:
     tensors = load_file(copy / "model.safetensors")
     tensors["norm.weight"][3] = torch.nan
     save_file(tensors, copy / "model.safetensors")
@@ -160,7 +160,7 @@ def test_R25_F16_a_model_that_is_not_finite(copy: Path, capsys: Capture) -> None
     refused(generate.main(["runs/a", "--prompt", "a"]), capsys, "logits are not finite")
 
 
-# ---- R24: what was made of another run, or of none, is refused (F16, F17) ------------------------
+# ---- R24: a checkpoint of another run, or of none, is refused ------------------------------------
 
 
 def without(*path: str) -> Callable[[Any], None]:
@@ -211,7 +211,7 @@ STATES: dict[str, tuple[Callable[[Any], Any], str]] = {
 
 
 @pytest.mark.parametrize(("change", "reason"), STATES.values(), ids=STATES)
-def test_R24_F16_a_state_that_is_none(
+def test_R24_a_state_that_is_none(
     change: Callable[[Any], Any], reason: str, copy: Path, capsys: Capture
 ) -> None:
     edit(copy / "state.json", change)
@@ -272,7 +272,7 @@ OTHERS: dict[str, tuple[str, Callable[[Tensors], Any], str]] = {
 
 
 @pytest.mark.parametrize(("group", "change", "reason"), OTHERS.values(), ids=OTHERS)
-def test_R24_F17_tensors_of_another_run(
+def test_R24_tensors_of_another_run(
     group: str, change: Callable[[Tensors], Any], reason: str, copy: Path, capsys: Capture
 ) -> None:
     tensors = load_file(copy / f"{group}.safetensors")
@@ -283,7 +283,7 @@ def test_R24_F17_tensors_of_another_run(
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_R24_F17_moments_of_every_optimizer_are_checked(
+def test_R24_moments_of_every_optimizer_are_checked(
     name: str, stopped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     monkeypatch.chdir(tmp_path)

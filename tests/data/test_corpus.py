@@ -140,7 +140,7 @@ corpus.build_default_corpus(cache_dir=Path(sys.argv[1]))
 """
 
 
-def test_F14_a_build_waits_for_another_and_removes_what_is_left_of_it_when_it_is_killed(
+def test_a_build_waits_for_another_and_removes_what_is_left_of_it_when_it_is_killed(
     library: Path, tmp_path: Path
 ) -> None:
     cache = tmp_path / "cache"
@@ -165,7 +165,7 @@ def test_F14_a_build_waits_for_another_and_removes_what_is_left_of_it_when_it_is
         assert sorted(cache.iterdir()) == sorted([folder, cache / corpus.LOCK])
 
 
-def test_F14_a_build_needs_no_locks(
+def test_a_build_needs_no_locks(
     library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def none(path: Path, *, wait: bool) -> int:

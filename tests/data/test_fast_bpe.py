@@ -188,7 +188,7 @@ def test_without_tiktoken_the_ids_are_the_same(monkeypatch: pytest.MonkeyPatch) 
     assert encoder.encode([TEXT])[0].tolist() == expected
 
 
-def test_F18_a_tiktoken_of_quadratic_time_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tiktoken_of_quadratic_time_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     for old, used in (("0.12.0", False), ("0.13.0", True), ("0.130.1", True), ("1.0", True)):
         monkeypatch.setattr("fasttrain.data.tokenizer.version", lambda name, old=old: old)
         why = Encoder(TOKENIZERS["text"]).not_fast

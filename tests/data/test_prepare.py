@@ -131,7 +131,7 @@ def test_few_documents_still_give_a_validation_split(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mean_bytes", [300, 27_000])
-def test_N6_of_a_small_text_enough_is_held_out(tmp_path: Path, mean_bytes: int) -> None:
+def test_of_a_small_text_enough_is_held_out(tmp_path: Path, mean_bytes: int) -> None:
     """As of 63 documents, 1.7 MB: a twentieth to a tenth, some 25,000 tokens, whole documents."""
     sizes, texts, total = random.Random(0), [], 0
     while total < 1_700_000:
@@ -150,7 +150,7 @@ def test_N6_of_a_small_text_enough_is_held_out(tmp_path: Path, mean_bytes: int) 
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
 
 
-def test_N6_of_few_large_documents_the_ends_are_held_out(tmp_path: Path) -> None:
+def test_of_few_large_documents_the_ends_are_held_out(tmp_path: Path) -> None:
     large = ["".join(f"{name}, line {n}\n" for n in range(30_000)) for name in "abc"]
     texts = [large[0], "small\n", *large[1:], "little\n"]
     source = write_jsonl(tmp_path / "in.jsonl", texts)
@@ -162,7 +162,7 @@ def test_N6_of_few_large_documents_the_ends_are_held_out(tmp_path: Path) -> None
     assert 0.05 < sum(map(len, val)) / sum(map(len, texts)) <= 0.1
 
 
-def test_N6_a_text_of_20_MB_is_split_as_it_always_was(tmp_path: Path) -> None:
+def test_a_text_of_20_MB_is_split_as_it_always_was(tmp_path: Path) -> None:
     """So is one that is smaller while it is compressed."""
     block = "a line of a text that is long enough\n" * 130
     source = write_jsonl(tmp_path / "in.jsonl", [f"{n}\n{block}" for n in range(4200)])
@@ -180,7 +180,7 @@ def test_N6_a_text_of_20_MB_is_split_as_it_always_was(tmp_path: Path) -> None:
         assert 5 < len(found[0]) < 50
 
 
-def test_N6_few_tokens_to_validate_on_are_told(tmp_path: Path) -> None:
+def test_few_tokens_to_validate_on_are_told(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "in.jsonl", make_texts(60))
     for fraction, remedy in ((None, "add text"), (0.02, "--val-fraction 0.1 holds out more")):
         notes = run(tmp_path / str(fraction), source, tokenizer="bytes", val_fraction=fraction)
@@ -298,7 +298,7 @@ def test_compressed_input_reads_like_plain(
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("kind", ["txt", "jsonl"])
 @pytest.mark.parametrize("packed", [gzip.compress, as_zst], ids=["gz", "zst"])
-def test_F7_compressed_text_that_is_cut_off_is_refused(
+def test_compressed_text_that_is_cut_off_is_refused(
     tmp_path: Path,
     packed: Callable[[bytes], bytes],
     kind: str,

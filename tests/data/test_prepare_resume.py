@@ -238,7 +238,7 @@ def test_resume_of_nothing_starts_and_of_what_is_complete_ends(
         prepare(tmp_path / "x", inputs, workers=0)
 
 
-def test_F8_a_finished_dataset_is_complete_only_for_the_files_it_was_made_of(
+def test_a_finished_dataset_is_complete_only_for_the_files_it_was_made_of(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text, out = tmp_path / "in.txt", tmp_path / "out"

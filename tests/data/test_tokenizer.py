@@ -55,7 +55,7 @@ def seconds_of_processor(do: Callable[[int], object], n_letters: int) -> float:
 
 @pytest.mark.parametrize("pattern", [TEXT_PATTERN, CODE_PATTERN])
 @pytest.mark.parametrize("letter", ["a", "\0", " ", "日"])
-def test_F18_a_text_of_one_letter_takes_linear_time(letter: str, pattern: str) -> None:
+def test_a_text_of_one_letter_takes_linear_time(letter: str, pattern: str) -> None:
     def trained(n_letters: int) -> Tokenizer:
         return train_bpe([letter * n_letters, "abc " * 9], 1024, pattern=pattern)
 
@@ -71,7 +71,7 @@ def test_F18_a_text_of_one_letter_takes_linear_time(letter: str, pattern: str) -
         assert seconds_of_processor(way, 1 << 16) < 9 * seconds_of_processor(way, 1 << 14) + 0.01
 
 
-def test_F18_the_tokenizer_of_ordinary_text_stays_as_it_was(
+def test_the_tokenizer_of_ordinary_text_stays_as_it_was(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     texts = [path.read_text("utf-8") for path in (ROOT / "README.md", *ROOT.glob("tests/**/*.py"))]
@@ -89,7 +89,7 @@ def saved(path: Path, **changes: Any) -> Path:
     return path
 
 
-def test_F16_padding_and_truncation_of_a_tokenizer_are_left_out(tmp_path: Path) -> None:
+def test_padding_and_truncation_of_a_tokenizer_are_left_out(tmp_path: Path) -> None:
     padding = {"strategy": {"Fixed": 10**12}, "direction": "Right", "pad_to_multiple_of": None}
     padding |= {"pad_id": 0, "pad_type_id": 0, "pad_token": "a"}
     truncation = {"max_length": 1, "strategy": "LongestFirst", "stride": 5, "direction": "Right"}
@@ -116,7 +116,7 @@ HOSTILE: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("changes", HOSTILE.values(), ids=HOSTILE)
-def test_F16_a_tokenizer_that_is_no_credible_one_is_refused(
+def test_a_tokenizer_that_is_no_credible_one_is_refused(
     changes: dict[str, Any], tmp_path: Path
 ) -> None:
     path = saved(tmp_path / "tokenizer.json", **changes)
@@ -124,7 +124,7 @@ def test_F16_a_tokenizer_that_is_no_credible_one_is_refused(
         load_tokenizer(path)
 
 
-def test_F16_replacements_that_are_usual_are_taken(tmp_path: Path) -> None:
+def test_replacements_that_are_usual_are_taken(tmp_path: Path) -> None:
     usual = [({"String": " "}, "▁"), ({"Regex": r"\s+"}, " "), ({"String": "ä"}, "ae")]
     pairs = [*usual, *(({"String": c}, 2 * c.lower()) for c in "ABCDEFGHIJKLMNOP")]
     path = saved(tmp_path / "tokenizer.json", normalizer=replacing(*pairs))
@@ -139,7 +139,7 @@ def test_F16_replacements_that_are_usual_are_taken(tmp_path: Path) -> None:
         ({"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "?"}}, "b", "WordLevel"),
     ],
 )
-def test_F16_a_text_that_cannot_be_encoded_is_refused(
+def test_a_text_that_cannot_be_encoded_is_refused(
     changes: dict[str, Any], text: str, reason: str, tmp_path: Path
 ) -> None:
     tokenizer = load_tokenizer(saved(tmp_path / "tokenizer.json", **changes))

@@ -165,9 +165,7 @@ def test_all_ways_have_the_same_losses_and_samples(made: Path, optimizer: str, m
 
 @pytest.mark.parametrize("optimizer", N_STEPS)
 @pytest.mark.parametrize("mode", ["ddp2", "fsdp2"])
-def test_C4_in_bf16_ranks_agree_to_the_rounding_of_bf16(
-    made: Path, optimizer: str, mode: str
-) -> None:
+def test_in_bf16_ranks_agree_to_the_rounding_of_bf16(made: Path, optimizer: str, mode: str) -> None:
     """Gradients are summed in another order; what they change is rounded to bf16 in products.
 
     Seen: up to 1.5e-4 with AdamW, below 2e-3 with Muon, whose iteration is in bf16 too.
@@ -184,7 +182,7 @@ def test_R20_an_epoch_whose_last_step_is_uneven(made: Path, mode: str) -> None:
     """
     expected, ours = "epoch-one", f"epoch-{mode}"
     assert ("blocks in C++" in output_of(made, ours)) == is_supported()
-    assert ("eager (C++ blocks need" in output_of(made, ours)) != is_supported()  # N5
+    assert ("eager (C++ blocks need" in output_of(made, ours)) != is_supported()
     assert "blocks in C++" not in output_of(made, expected)
     assert losses(made, ours) == pytest.approx(losses(made, expected), abs=1e-5)
     rows, several = rows_of(made, expected), rows_of(made, ours)
@@ -271,14 +269,14 @@ def test_R11_all_ranks_stop_at_one_step_when_the_time_is_over(made: Path) -> Non
     assert tensors(made, "hours", first["step"])
 
 
-def test_N13_ranks_share_a_step_that_no_micro_batch_divides(made: Path) -> None:
+def test_ranks_share_a_step_that_no_micro_batch_divides(made: Path) -> None:
     alone = losses(made, "six-one")
     assert len(alone) == 12
     assert losses(made, "six-ddp2") == pytest.approx(alone, rel=1e-5)
 
 
 @pytest.mark.parametrize("odd", ODD)
-def test_R30_F9_a_rank_that_was_started_otherwise_is_refused(made: Path, odd: str) -> None:
+def test_R30_a_rank_that_was_started_otherwise_is_refused(made: Path, odd: str) -> None:
     assert statuses(made, odd) == [2, 2]
     found = [ranks.result(made, odd, rank) for rank in range(2)]
     assert [result["rows"] for result in found] == [[], []]  # no step was made

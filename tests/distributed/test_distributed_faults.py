@@ -127,7 +127,7 @@ def test_R7_the_error_of_the_rank_that_fails_is_what_the_job_fails_of(job: Job) 
         ("data.seq_len=100000", "data.seq_len = 100000 is longer than the data"),  # and after
     ],
 )
-def test_N18_bad_input_to_torchrun_is_told_in_a_line_also_in_its_summary(
+def test_bad_input_to_torchrun_is_told_in_a_line_also_in_its_summary(
     job: Job, override: str, told: str
 ) -> None:
     job.torchrun(override, "train.tokens_per_step=none")
@@ -235,7 +235,7 @@ printf '%s\n' "scontrol $*" >> "$SLURM_CALLS"
 """
 
 
-def test_R10_N15_a_job_of_slurm_is_stopped_queued_again_and_resumed(tmp_path: Path) -> None:
+def test_R10_a_job_of_slurm_is_stopped_queued_again_and_resumed(tmp_path: Path) -> None:
     """As configs/slurm.sh runs it, torchrun itself and all; SLURM's own commands are stand-ins."""
     config, calls = write_config(tmp_path), tmp_path / "calls.txt"
     for name, text in {"srun": SRUN, "scontrol": SCONTROL}.items():
@@ -282,7 +282,7 @@ def test_R10_N15_a_job_of_slurm_is_stopped_queued_again_and_resumed(tmp_path: Pa
     assert calls.read_text().splitlines()[3:] == [show, srun]
 
 
-def test_N15_outside_slurm_the_job_script_says_how_it_is_used(tmp_path: Path) -> None:
+def test_outside_slurm_the_job_script_says_how_it_is_used(tmp_path: Path) -> None:
     variables = {k: v for k, v in ENV.items() if not k.startswith("SLURM_")}
     for arguments in (["base.toml"], []):
         command = ["bash", str(ROOT / "configs/slurm.sh"), *arguments]

@@ -42,7 +42,7 @@ CPU = torch.device("cpu")
         (None, 8, 256, 4, (8, 1)),
     ],
 )
-def test_N13_N20_any_number_of_ranks_and_any_length_make_nearly_the_same_step(
+def test_any_number_of_ranks_and_any_length_make_nearly_the_same_step(
     tokens: int | None, micro_batch: Any, seq_len: int, n_ranks: int, shape: tuple[int, int]
 ) -> None:
     loop = LoopConfig(steps=1, tokens_per_step=tokens, micro_batch=micro_batch)
@@ -52,7 +52,7 @@ def test_N13_N20_any_number_of_ranks_and_any_length_make_nearly_the_same_step(
     assert step.tokens == step.samples * seq_len
 
 
-def test_N13_it_is_said_where_a_step_is_not_the_one_that_is_named(tmp_path: Path) -> None:
+def test_it_is_said_where_a_step_is_not_the_one_that_is_named(tmp_path: Path) -> None:
     def warnings(n_ranks: int, *overrides: str) -> list[str]:
         config = load_config(write_config(tmp_path), overrides)
         model: Any = None

@@ -163,7 +163,7 @@ class Dtypes(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("norm", ["rms", "layer"])
-def test_C5_shards_compute_in_the_dtypes_of_one_rank(norm: str) -> None:
+def test_shards_compute_in_the_dtypes_of_one_rank(norm: str) -> None:
     """Products in half precision; embeddings, the residual stream and norms in fp32."""
     config = config_of("fsdp", 1)
     options = {"norm": norm, "bias": True, "qk_norm": True, "mlp": "gelu"}

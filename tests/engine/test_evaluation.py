@@ -140,7 +140,7 @@ def test_imports_have_no_bits_per_byte(tmp_path: Path, model: Transformer) -> No
 
 @pytest.mark.parametrize("batching", ["packed", "sliding", "padded", "bucketed"])
 @pytest.mark.parametrize("n_tokens", [1, 20, 40, 64, 1000])
-def test_C16_a_part_of_the_split_is_spread_over_it_and_always_the_same(
+def test_a_part_of_the_split_is_spread_over_it_and_always_the_same(
     dataset: TokenDataset, batching: str, n_tokens: int
 ) -> None:
     def targets(n_tokens: int | None, world_size: int = 1) -> list[int]:
@@ -166,7 +166,7 @@ def test_C16_a_part_of_the_split_is_spread_over_it_and_always_the_same(
     assert gaps.max() <= 3 * max(len(whole) / n_tokens, 1) + 30  # 30: the longest document
 
 
-def test_C16_bits_per_byte_of_a_part_are_those_of_its_share(
+def test_bits_per_byte_of_a_part_are_those_of_its_share(
     model: Transformer, dataset: TokenDataset
 ) -> None:
     config = config_of(2)
@@ -182,7 +182,7 @@ def test_C16_bits_per_byte_of_a_part_are_those_of_its_share(
 
 
 @pytest.mark.parametrize(("mode", "graphs"), [("default", 1), ("blocks", 1), ("off", 0)])
-def test_C16_evaluation_is_compiled_where_training_is(
+def test_evaluation_is_compiled_where_training_is(
     model: Transformer,
     dataset: TokenDataset,
     monkeypatch: pytest.MonkeyPatch,

@@ -54,7 +54,7 @@ def test_embeddings_decay_when_asked_and_a_tied_head_counts_as_one() -> None:
 
 
 @pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_C4_the_runs_precision_is_that_of_muons_products(
+def test_the_runs_precision_is_that_of_muons_products(
     monkeypatch: pytest.MonkeyPatch, compute: torch.dtype
 ) -> None:
     seen = []
@@ -88,7 +88,7 @@ def test_muon_takes_the_matrices_of_the_blocks_alone() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "muon"])
-def test_N18_what_is_set_for_muon_does_not_reach_another_optimizer(name: str) -> None:
+def test_what_is_set_for_muon_does_not_reach_another_optimizer(name: str) -> None:
     muon = {"muon_embedding_lr_scale": 17.0, "muon_head_lr_scale": 3.0}
     config = OptimConfig(name=name, lr=0.25, **muon)
     assert config.peak_lr == 0.25
@@ -156,7 +156,7 @@ def test_state_by_name_continues_the_same_trajectory(
     ],
     ids=str,
 )
-def test_C21_the_size_of_the_state_is_known_beforehand(options: dict[str, Any]) -> None:
+def test_the_size_of_the_state_is_known_beforehand(options: dict[str, Any]) -> None:
     model = Transformer(ModelConfig(**SHAPE), seq_len=8)
     optimizers = build_optimizers(model, OptimConfig(**options))
     foreseen = sum(map(state_bytes, optimizers))

@@ -91,7 +91,7 @@ def test_R18_a_rollback_goes_on_behind_the_bad_batch(toy: Path, kind: str, log_e
     assert digest(trainer) == digest(clean)
 
 
-def test_R12_F10_a_rollback_on_a_full_disk_goes_on(toy: Path) -> None:
+def test_R12_a_rollback_on_a_full_disk_goes_on(toy: Path) -> None:
     keys = ["train.on_nonfinite=rollback", "log.csv=true", "checkpoint.asynchronous=false"]
     trainer = build(toy, *EVERY_3, *keys)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -85,7 +85,7 @@ def test_cosine_restarts_stay_within_bounds(step, cycle):
     assert -1e-12 <= lr_at(step, 10**9, config, 1.0) <= 1.0
 
 
-def test_N20_decays_and_cycles_are_a_third_of_the_run_where_nothing_else_is_said():
+def test_decays_and_cycles_are_a_third_of_the_run_where_nothing_else_is_said():
     for name, key in (("step", "decay_every_steps"), ("cosine_restarts", "cycle_steps")):
         unset, third = ScheduleConfig(name=name), ScheduleConfig(**{"name": name, key: 4})
         rates = [[lr_at(step, 11, s, 1.0) for step in range(11)] for s in (unset, third)]
@@ -143,7 +143,7 @@ def test_contexts_take_equal_parts_of_the_run_and_the_last_is_uncut():
     ("seq_len", "lengths"),
     [(96, [24, 48]), (100, [25, 50]), (250, [50, 125]), (97, [97, 97]), (1, [1, 1]), (3, [1, 1])],
 )
-def test_N20_parts_of_any_length_are_divisors_of_it_or_all_of_it(seq_len, lengths):
+def test_parts_of_any_length_are_divisors_of_it_or_all_of_it(seq_len, lengths):
     config = ScheduleConfig(context_fractions=(0.25, 0.5))
     assert [context_at(step, 3, config, seq_len) for step in range(3)] == [*lengths, seq_len]
 

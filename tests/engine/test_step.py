@@ -180,7 +180,7 @@ def everything(step: TrainStep) -> dict[str, Tensor]:
 def test_R18_a_nonfinite_second_micro_batch_leaves_everything_bit_unchanged(
     optimizer: str, bad: float, where: str, at_first: bool
 ) -> None:
-    train: dict[str, Any] = {"on_spike": "skip", "ema_decay": 0.5}  # F15
+    train: dict[str, Any] = {"on_spike": "skip", "ema_decay": 0.5}
     step, clean = (make(optimizer=optimizer, **train) for _ in range(2))
     batches = split(uneven_rows(), 4)
     if not at_first:

@@ -116,7 +116,7 @@ def test_R11_a_time_limit_ends_the_run_with_a_checkpoint(
     assert again.state.step == trainer.state.step
 
 
-def test_N14_a_stopped_run_logs_the_step_that_it_stopped_at(toy: Path, tmp_path: Path) -> None:
+def test_a_stopped_run_logs_the_step_that_it_stopped_at(toy: Path, tmp_path: Path) -> None:
     keys = ["log.every_steps=4", "checkpoint.every_steps=6"]
     for at, logged in ((6, [1, 4, 6]), (8, [1, 4, 8])):
         trainer = build(load_config(toy, keys), tmp_path / f"run-{at}")
@@ -129,7 +129,7 @@ def test_N14_a_stopped_run_logs_the_step_that_it_stopped_at(toy: Path, tmp_path:
 
 
 @pytest.mark.parametrize("horizon", ["steps=12", "epochs=0.5", "tokens=800", "hours=0.0006"])
-def test_N21_rows_say_how_far_the_run_is_whatever_its_horizon(
+def test_rows_say_how_far_the_run_is_whatever_its_horizon(
     toy: Path, tmp_path: Path, horizon: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looks = itertools.count()

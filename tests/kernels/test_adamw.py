@@ -347,7 +347,7 @@ def test_mixed_dtypes_in_one_group(path: torch.device) -> None:
     torch.testing.assert_close(params[1].float(), params[0].detach(), rtol=2e-2, atol=2e-2)
 
 
-def test_C2_the_second_moment_of_small_fp16_gradients_does_not_underflow(
+def test_the_second_moment_of_small_fp16_gradients_does_not_underflow(
     path: torch.device,
 ) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -403,7 +403,7 @@ def test_bf16_states_with_fp32_parameters() -> None:
     assert torch.equal(x.state[a[0]]["exp_avg"], saved["state"][0]["exp_avg"])
 
 
-def test_S8_a_gradient_that_is_not_aligned_narrows_no_other_operand(
+def test_a_gradient_that_is_not_aligned_narrows_no_other_operand(
     triton_device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """24 of 28 bytes are still read and written 16 at a time; DDP's buckets have such gradients."""
@@ -435,7 +435,7 @@ def test_S8_a_gradient_that_is_not_aligned_narrows_no_other_operand(
     assert sorted(launches[:2]) == [(True, False), (True, True)]
 
 
-def test_C17_launches_of_equal_size_round_with_noise_of_their_own(path: torch.device) -> None:
+def test_launches_of_equal_size_round_with_noise_of_their_own(path: torch.device) -> None:
     """An aligned and an unaligned parameter are updated by two launches."""
     storage = torch.ones(2, 4104, device=path, dtype=torch.bfloat16)
     params = [nn.Parameter(storage[0, :4096]), nn.Parameter(storage[1, 1:4097])]
@@ -465,7 +465,7 @@ def test_stochastic_rounding_is_unbiased_and_reproducible(path: torch.device) ->
     assert abs(p.double().mean().item() - (1 - 5e-4)) < 8e-5
 
 
-def test_S6_the_noise_of_neighbours_is_independent_and_no_business_of_the_grid(
+def test_the_noise_of_neighbours_is_independent_and_no_business_of_the_grid(
     triton_device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Eight neighbours share a call of Philox; parameter and moments do not share their noise."""
@@ -490,7 +490,7 @@ def test_S6_the_noise_of_neighbours_is_independent_and_no_business_of_the_grid(
 
 
 @pytest.mark.parametrize(("registers", "n_programs"), [(32, 6), (64, 4), (65, 3), (168, 1)])
-def test_S7_as_many_programs_are_launched_as_the_device_holds(
+def test_as_many_programs_are_launched_as_the_device_holds(
     registers: int, n_programs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """65,536 registers and, of this device, 1,536 threads a multiprocessor; 256 a program."""
@@ -502,7 +502,7 @@ def test_S7_as_many_programs_are_launched_as_the_device_holds(
     assert grid(7, registers=registers) == 7
 
 
-def test_S7_the_next_launch_knows_the_registers_of_the_last(
+def test_the_next_launch_knows_the_registers_of_the_last(
     triton_device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []

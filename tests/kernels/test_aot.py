@@ -225,7 +225,7 @@ def test_the_gpt2_vocabulary_has_no_cliff(rows: list[Row]) -> None:
         assert row["target"] != "sm_90" or row["local"] == 0, label(row)
 
 
-def test_S2_S12_instructions_leave_memory_its_speed(rows: list[Row]) -> None:
+def test_instructions_leave_memory_its_speed(rows: list[Row]) -> None:
     """Issuing instructions allows 1.2 times the speed of memory, or a reason is listed."""
     bound = [row for row in rows if row["floor"] and row["target"] in DEVICES]
     assert bound
@@ -241,7 +241,7 @@ def test_S2_S12_instructions_leave_memory_its_speed(rows: list[Row]) -> None:
         assert row["ceiling"] >= least, f"{label(row)}: {row['ceiling']:.2f} of {least:.2f} TB/s"
 
 
-def test_S2_a_logit_costs_few_instructions(rows: list[Row]) -> None:
+def test_a_logit_costs_few_instructions(rows: list[Row]) -> None:
     """28.8 instructions a logit were 4.1 TB/s on an H100; one program an SM on the later ones."""
     costs: dict[str, dict[str, Row]] = {}
     for row in rows:
@@ -257,7 +257,7 @@ def test_S2_a_logit_costs_few_instructions(rows: list[Row]) -> None:
         assert odd <= 1.05 * even
 
 
-def test_S2_instructions_are_counted_in_the_loops_that_load() -> None:
+def test_instructions_are_counted_in_the_loops_that_load() -> None:
     """Of nested loops each has its own; what surrounds them or only stores is left out."""
     load, store, add = "LDG.E.128 R1, [R2]", "STG.E.128 [R2], R1", "FADD R1, R1, R2"
     lines = [add, ".L_x_0:", store, "@P0 BRA `(.L_x_0)", add]
@@ -275,7 +275,7 @@ def test_S2_instructions_are_counted_in_the_loops_that_load() -> None:
     assert unrolled.instructions == 4 / 16
 
 
-def test_S6_stochastic_rounding_costs_few_instructions(rows: list[Row]) -> None:
+def test_stochastic_rounding_costs_few_instructions(rows: list[Row]) -> None:
     """183 an element and 168 registers, one program an SM, with three calls of Philox each."""
     (row,) = (
         row for row in rows
@@ -287,7 +287,7 @@ def test_S6_stochastic_rounding_costs_few_instructions(rows: list[Row]) -> None:
     assert row["programs"] >= 4, label(row)
 
 
-def test_S11_symmetric_products_use_tma_and_the_widest_wgmma(tmp_path: Path) -> None:
+def test_symmetric_products_use_tma_and_the_widest_wgmma(tmp_path: Path) -> None:
     code = """
 import triton
 from fasttrain_kernels import aot

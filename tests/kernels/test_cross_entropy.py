@@ -284,7 +284,7 @@ def test_inplace_writes_over_the_logits_and_refuses_a_second_backward(device):
         cross_entropy(product, targets, inplace=True).backward()
 
 
-def test_C17_logits_and_gradient_are_kept_from_forward_to_backward(device):
+def test_logits_and_gradient_are_kept_from_forward_to_backward(device):
     logits, targets = torch.randn(64, 512, device=device), torch.arange(64, device=device)
     logits.requires_grad_()
     saved = []

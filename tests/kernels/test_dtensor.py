@@ -176,7 +176,7 @@ def test_two_processes_agree_with_one(tmp_path: Path) -> None:
     assert all(output.strip().endswith("agreed") for output in outputs), "\n".join(outputs)
 
 
-def test_S10_a_sharded_tensor_costs_the_host_no_more_than_a_plain_one(
+def test_a_sharded_tensor_costs_the_host_no_more_than_a_plain_one(
     mesh: DeviceMesh, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Calls of functions, for each of a hundred tensors in a step: 34 and 41; once 55 and 207."""

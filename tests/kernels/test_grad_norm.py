@@ -100,7 +100,7 @@ def test_nothing_to_sum(path: torch.device) -> None:
         assert [t.item() for t in result] == [0.0, 0.0, 1.0]
 
 
-def test_N11_what_has_no_gradient_is_left_out(path: torch.device) -> None:
+def test_what_has_no_gradient_is_left_out(path: torch.device) -> None:
     grad = torch.full((9,), 2.0, device=path)
     for norm in (grad_norm, grad_norm_reference):
         assert norm([None, grad, None]).norm.item() == 6.0

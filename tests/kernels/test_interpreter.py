@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 @pytest.mark.parametrize("add", [False, True])
-def test_S11_tiles_of_a_symmetric_product(
+def test_tiles_of_a_symmetric_product(
     any_size: None, triton_device: torch.device, dtype: str, add: bool
 ) -> None:
     """Tiles on the diagonal and below it, and some that are outside, in part or all."""

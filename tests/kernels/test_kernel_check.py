@@ -79,7 +79,7 @@ def test_a_device_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(("free_gib", "rows"), [(15.5, 8192), (40, 16384), (0.001, 16)])
-def test_C11_the_check_fits_the_memory_that_is_free(
+def test_the_check_fits_the_memory_that_is_free(
     monkeypatch: pytest.MonkeyPatch, free_gib: float, rows: int
 ) -> None:
     monkeypatch.setattr(kernel_check, "device_memory", lambda device: free_gib * 2**30)
@@ -89,7 +89,7 @@ def test_C11_the_check_fits_the_memory_that_is_free(
         assert op.inputs[0].shape == (rows, 1024)
 
 
-def test_C11_the_bytes_of_a_logit_are_those_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_bytes_of_a_logit_are_those_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     n, v = 128, 32768
     loss, precision = (
         catalogue.linear_cross_entropy("fp32", v, 16, n),
@@ -101,7 +101,7 @@ def test_C11_the_bytes_of_a_logit_are_those_measured(monkeypatch: pytest.MonkeyP
     assert 0.7 * kernel_check.LOSS_BYTES < per_logit < kernel_check.LOSS_BYTES
 
 
-def test_S3_the_kernels_of_attention_that_run_here_are_timed(
+def test_the_kernels_of_attention_that_run_here_are_timed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A CPU has a FlashAttention of its own and no cuDNN."""

@@ -51,7 +51,7 @@ def test_the_host_does_not_wait(triton_device: torch.device, name: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:Warning. Profiler clears events:UserWarning")  # torch 2.11
 @pytest.mark.parametrize("name", ONE_OF_EACH)
-def test_S9_eager_ops_do_not_pass_the_dispatcher(triton_device: torch.device, name: str) -> None:
+def test_eager_ops_do_not_pass_the_dispatcher(triton_device: torch.device, name: str) -> None:
     """It costs them several times as much of the host; they do where a mode sees each op."""
     case = next(case for case in CASES if case.name == name)
 

@@ -55,7 +55,7 @@ def test_the_example_trains_and_agrees_with_plain_torch(
     torch.testing.assert_close(patched(tokens, targets), plain(tokens, targets))
 
 
-def test_N11_the_example_trains_with_a_frozen_parameter(tmp_path: Path) -> None:
+def test_the_example_trains_with_a_frozen_parameter(tmp_path: Path) -> None:
     namespace = load(tmp_path)
     torch.manual_seed(0)
     model = namespace["Model"](dim=16)

@@ -348,7 +348,7 @@ def test_compiles_to_one_graph(device, backend, mib):
 
 
 @pytest.mark.parametrize("unit", [False, True])
-def test_S4_a_unit_gradient_is_not_multiplied_with_that_of_the_weight(unit):
+def test_a_unit_gradient_is_not_multiplied_with_that_of_the_weight(unit):
     from torch._dynamo.backends.common import aot_autograd
     from torch._functorch.aot_autograd import make_boxed_func
 

@@ -76,7 +76,7 @@ def test_bf16_products_stay_near_the_reference() -> None:
 
 @pytest.mark.parametrize("scale", [1e-12, 1.0, 1e5])
 @pytest.mark.parametrize("kind", ["flat", "rank 1", "normal"])
-def test_C3_fp16_products_stay_in_range(kind: str, scale: float) -> None:
+def test_fp16_products_stay_in_range(kind: str, scale: float) -> None:
     """Norms far from 1, and spectra for which 1/‖A²‖ leaves the range of fp16."""
     g = {
         "flat": torch.eye(512)[None],
@@ -99,7 +99,7 @@ def be_one_of_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.import_module("fasttrain_kernels.muon"), "dist", alone)
 
 
-def test_C18_sharded_muon_indexes_by_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sharded_muon_indexes_by_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CUDA tensor indexed by a list of numbers waits until they are uploaded."""
     module = importlib.import_module("fasttrain_kernels.muon")
 
@@ -189,7 +189,7 @@ def test_symmetric_matmul_matches_fp64(
         assert torch.equal(out[:, :256, 256:], out[:, 256:, :256].mT)
 
 
-def test_S11_operands_need_not_be_aligned(any_size: None, triton_device: torch.device) -> None:
+def test_operands_need_not_be_aligned(any_size: None, triton_device: torch.device) -> None:
     """TMA reads from multiples of 16 bytes on."""
     x = torch.randn(8 * 64 + 1, device=triton_device).half()[1:].view(1, 8, 64)
     torch.testing.assert_close(symmetric_matmul(x), x @ x.mT, rtol=1e-3, atol=1e-2)
@@ -207,7 +207,7 @@ def test_S11_operands_need_not_be_aligned(any_size: None, triton_device: torch.d
     ],
 )
 @pytest.mark.parametrize("arch", [80, 90, 100, "gfx90a"])
-def test_S11_the_kernel_runs_where_it_is_predicted_ahead_of_cublas(
+def test_the_kernel_runs_where_it_is_predicted_ahead_of_cublas(
     monkeypatch: pytest.MonkeyPatch,
     dtype: torch.dtype,
     shape: tuple[int, ...],
@@ -341,7 +341,7 @@ def test_found_inf_leaves_every_bit() -> None:
 
 
 @pytest.mark.parametrize("nesterov", [True, False])
-def test_S5_the_kernels_do_what_torch_does(nesterov: bool) -> None:
+def test_the_kernels_do_what_torch_does(nesterov: bool) -> None:
     """Strided, tall, wide and unaligned matrices; a learning rate and a flag on the device."""
     runs = []
     for device, path in (
@@ -366,7 +366,7 @@ def test_S5_the_kernels_do_what_torch_does(nesterov: bool) -> None:
 
 
 @pytest.mark.parametrize("shape", [(20, 12), (0, 12)])
-def test_S5_shards_go_through_the_kernels(
+def test_shards_go_through_the_kernels(
     triton_device: torch.device, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     be_one_of_one_rank(monkeypatch)
@@ -431,7 +431,7 @@ def test_an_update_of_bf16_weights_does_not_depend_on_the_number_of_threads(
 
 
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float16, 43), (torch.bfloat16, 46)])
-def test_S5_a_step_moves_few_bytes_and_does_not_wait(
+def test_a_step_moves_few_bytes_and_does_not_wait(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, most: int
 ) -> None:
     """Bytes a parameter outside the products in half precision, with shapes as of GPT-2.

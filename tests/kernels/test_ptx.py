@@ -109,7 +109,7 @@ def test_removed_masks_are_found(run: Run, kernel: str, access: str) -> None:
         (r"cp\.async\.bulk\.wait_group(?:\.read)?\s+\d+;", "", AssertionError, "error"),
     ],
 )
-def test_S11_what_is_not_waited_for_is_found(
+def test_what_is_not_waited_for_is_found(
     run: Run, pattern: str, to: str, error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):

@@ -166,7 +166,7 @@ def test_a_run_fits_the_terminal_and_leaves_no_bar(columns: int) -> None:
 
 
 def test_columns_that_do_not_fit_are_left_out_whole() -> None:
-    """N18: what matters fits 80 columns, and mfu takes no place where it is not known."""
+    """The numbers that matter fit into 80 columns; an unknown mfu takes no space."""
     progress = "step loss lr grad tok/s tokens done left"
     for mfu, columns, expected in (
         (0.412, 40, "step loss lr grad"),

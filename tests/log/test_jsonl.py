@@ -69,7 +69,7 @@ def test_jsonl_is_continued_by_default(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("middle", [False, True])
-def test_R12_F10_rows_are_dropped_on_a_full_disk(tmp_path: Path, middle: bool) -> None:
+def test_R12_rows_are_dropped_on_a_full_disk(tmp_path: Path, middle: bool) -> None:
     """Whole lines are cut off; a line between others, which no run leaves, may cost the latter."""
     run_dir = tmp_path
     config = TrainConfig(train=LoopConfig(steps=9), log=LogConfig(csv=True))

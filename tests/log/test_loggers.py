@@ -247,12 +247,12 @@ def test_perplexity_of_any_loss(
 @pytest.mark.parametrize(
     ("changes", "end"),
     [
-        # How far the run is (N21)
+        # How far the run is
         ({"progress": 0.29, "left_s": 11_100.0}, "tokens 983.0k  done  29%  left  3h 05m"),
         ({"progress": 0.9999, "left_s": 0.2}, "done  99%  left      1s"),  # 100% is the end
         ({"progress": 1.0, "left_s": 0.0}, "done 100%  left      0s"),
         ({"progress": 0.0006, "left_s": None}, "done   0%  left     n/a"),  # of the first step
-        # What is shown only where it says something (N18)
+        # What is shown only where it says something
         ({}, "left  2m 13s"),
         ({"mfu": 0.412}, "left  2m 13s  mfu 41.2%"),
         ({"data_wait_ms": 11.8}, "left  2m 13s"),  # less than a twentieth of the step
@@ -262,7 +262,7 @@ def test_perplexity_of_any_loss(
         ({"skipped_steps": 3, "spikes": 0}, "left  2m 13s  skipped_steps 3"),
     ],
 )
-def test_N18_N21_how_a_plain_line_ends(
+def test_how_a_plain_line_ends(
     unlogged: Any, changes: dict[str, float | None], end: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     unlogged().train({**ROW, **changes})
@@ -332,7 +332,7 @@ def on_terminal(unlogged: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Te
         (2000, None, "55%  step 1100/2000  9.0M tokens"),
     ],
 )
-def test_N21_the_bar_says_how_far_the_run_is(
+def test_the_bar_says_how_far_the_run_is(
     unlogged: Any,
     total: int | None,
     left_s: float | None,

@@ -65,7 +65,7 @@ def test_tensorboard_gets_the_numbers(toy: Path) -> None:
     assert "eval/val_loss" in events.Tags()["scalars"]
 
 
-def test_F12_a_run_that_starts_over_in_its_folder_leaves_one_row_a_step(toy: Path) -> None:
+def test_a_run_that_starts_over_in_its_folder_leaves_one_row_a_step(toy: Path) -> None:
     """As torchrun's restart of one that was killed before its first checkpoint was committed."""
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -102,7 +102,7 @@ def test_a_line_says_nothing_of_communication_where_nothing_was_sent(time: Time)
         assert account.line(2)["communication_ms"] == (1500.0 if seconds else None)
 
 
-def test_N21_the_time_left_is_judged_from_all_that_followed_the_first_step(time: Time) -> None:
+def test_the_time_left_is_judged_from_all_that_followed_the_first_step(time: Time) -> None:
     """A resumed run that took 10 s for 100 steps and an evaluation needs 90 s for 900 more."""
     account = TimeAccount(999)
     time.now_s += 60  # it compiles

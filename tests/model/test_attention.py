@@ -103,7 +103,7 @@ def test_attention_by_flex_attention_equals_that_by_sdpa(n_kv_heads: int, docume
         (torch.float32, 9, False),  # generate; run.dtype = fp32 and tf32
     ],
 )
-def test_C9_flash_attention_is_expected_where_torch_has_it(
+def test_flash_attention_is_expected_where_torch_has_it(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, capability: int, flash: bool
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -114,7 +114,7 @@ def test_C9_flash_attention_is_expected_where_torch_has_it(
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("flash", [False, True])
-def test_C9_grouped_queries_are_left_to_flash_attention_alone(
+def test_grouped_queries_are_left_to_flash_attention_alone(
     monkeypatch: pytest.MonkeyPatch, flash: bool, masked: bool
 ) -> None:
     """Any other CUDA path of SDPA writes out all T·T scores for them."""

@@ -236,7 +236,7 @@ def test_with_products_in_fp32_they_need_not_keep_the_residual_stream_in_bf16(
 
 
 @pytest.mark.parametrize("compiler", [None, "g++"])
-def test_N5_the_reason_names_what_this_machine_has(
+def test_the_reason_names_what_this_machine_has(
     monkeypatch: pytest.MonkeyPatch, compiler: str | None
 ) -> None:
     monkeypatch.setattr(runtime, "is_supported", lambda: False)

@@ -162,7 +162,7 @@ def test_zero_initialised_projections_leave_the_residual_stream_alone() -> None:
         ({}, torch.bfloat16, torch.float32),
     ],
 )
-def test_S1_the_residual_stream_is_in_bf16_where_asked_for_and_products_are(
+def test_the_residual_stream_is_in_bf16_where_asked_for_and_products_are(
     name: str, options: dict[str, bool], autocast: torch.dtype | None, expected: torch.dtype
 ) -> None:
     """Forward and backward, before and behind each block."""
@@ -267,7 +267,7 @@ def test_the_first_loss_is_near_the_logarithm_of_the_vocabulary(path: Path) -> N
 
 
 @pytest.mark.parametrize("mean", [0.0, 30.0])
-def test_S1_the_layer_norm_that_is_compiled_on_a_gpu_is_torchs(
+def test_the_layer_norm_that_is_compiled_on_a_gpu_is_torchs(
     mean: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its error against fp64 is at most twice that of torch's, forward and backward."""
@@ -301,7 +301,7 @@ def test_S1_the_layer_norm_that_is_compiled_on_a_gpu_is_torchs(
 
 @pytest.mark.parametrize("options", [None, {}, BF16], ids=["fp32", "bf16", "bf16 residual"])
 @pytest.mark.parametrize("style", STYLES)
-def test_S1_what_a_gpu_compiles_computes_as_is_run_otherwise(
+def test_what_a_gpu_compiles_computes_as_is_run_otherwise(
     style: str, options: dict[str, bool] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Residual stream in rows, biases summed in two stages: as exact, and in bf16 more so."""

@@ -67,7 +67,7 @@ def order(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], list[str]]]:
         *(((10, 0), "cudnn"), ((12, 0), "flash")),
     ],
 )
-def test_S3_the_kernel_of_attention_goes_by_the_gpu(
+def test_the_kernel_of_attention_goes_by_the_gpu(
     order: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch,
     capability: tuple[int, int], auto: str,
 ) -> None:  # fmt: skip
@@ -81,7 +81,7 @@ def test_S3_the_kernel_of_attention_goes_by_the_gpu(
     assert order()[0] == "FLASH_ATTENTION"
 
 
-def test_S3_a_kernel_that_cannot_be_had_is_refused(order: Callable[[], list[str]]) -> None:
+def test_a_kernel_that_cannot_be_had_is_refused(order: Callable[[], list[str]]) -> None:
     assert resolve_attention("auto", CPU, deterministic=False) is None
     with pytest.raises(UserError, match=r'"flash" needs a CUDA device, got cpu; use auto'):
         resolve_attention("flash", CPU, deterministic=False)
@@ -128,7 +128,7 @@ def test_how_a_run_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
     ("mode", "remedy"),
     [("cuda-graphs", "default"), ("max-autotune", "max-autotune-no-cudagraphs")],
 )
-def test_C13_graphs_do_not_accumulate_gradients_that_ddp_holds(mode: str, remedy: str) -> None:
+def test_graphs_do_not_accumulate_gradients_that_ddp_holds(mode: str, remedy: str) -> None:
     config = config_from_dict(
         {
             "run": {"compile": mode, "dtype": "fp32"},
@@ -142,7 +142,7 @@ def test_C13_graphs_do_not_accumulate_gradients_that_ddp_holds(mode: str, remedy
         TrainStep(model, [], config, device=CUDA, world=World(size=2, mode="ddp"))
 
 
-def test_C13_autotuning_goes_without_cuda_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_autotuning_goes_without_cuda_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, object] = {}
     monkeypatch.setattr(torch, "compile", lambda fn, **options: asked.update(options))
     compile_function(lambda: None, "max-autotune-no-cudagraphs")

@@ -96,7 +96,7 @@ def check(case: str, found: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("case", CONFIGS)
-def test_S1_a_config_compiles_for_cuda_and_its_layers_move_no_more(case: str) -> None:
+def test_a_config_compiles_for_cuda_and_its_layers_move_no_more(case: str) -> None:
     check(case, of_configs()[case])
     assert not [name for name in of_configs()[case]["extern"] if "norm" in name]
 
@@ -110,7 +110,7 @@ def test_S1_a_config_compiles_for_cuda_and_its_layers_move_no_more(case: str) ->
         ("gpt2-124m, bf16 residual", 768, (8, 8)),
     ],
 )
-def test_S1_a_norm_costs_no_pass_of_its_own(case: str, dim: int, limits: tuple[int, int]) -> None:
+def test_a_norm_costs_no_pass_of_its_own(case: str, dim: int, limits: tuple[int, int]) -> None:
     """Residual addition, norm and casts forward; backward, with the gradient of x and for `mm`."""
     entry = ENTRIES[case]
     n_elements = entry["rows"] * entry["seq_len"] * dim
@@ -131,7 +131,7 @@ def test_no_weight_is_cast_nor_its_gradient_where_gradients_accumulate(case: str
     assert sum(casts) < 1e5  # biases
 
 
-def test_S1_a_bias_is_summed_by_the_kernel_that_writes_its_gradient() -> None:
+def test_a_bias_is_summed_by_the_kernel_that_writes_its_gradient() -> None:
     """That of GELU, and that which lays the gradients of q, k and v side by side."""
     entry = ENTRIES["gpt2-124m"]
     n_elements = entry["rows"] * entry["seq_len"] * 768
@@ -142,7 +142,7 @@ def test_S1_a_bias_is_summed_by_the_kernel_that_writes_its_gradient() -> None:
         assert sum(found) - max(found) < 0.01 * n_elements, f"{name}: {found}"
 
 
-def test_S4_no_pass_over_the_heads_gradient_multiplies_it() -> None:
+def test_no_pass_over_the_heads_gradient_multiplies_it() -> None:
     """What a table that is no head needs, zeros to add to, is all of that size."""
     entry = ENTRIES["llama-350m"]
     n_bytes = 4 * 32_000 * 1_024
@@ -151,7 +151,7 @@ def test_S4_no_pass_over_the_heads_gradient_multiplies_it() -> None:
     assert all("embedding_dense_backward" in name for name in large)
 
 
-def test_C1_a_deterministic_step_adds_nothing_by_atomics() -> None:
+def test_a_deterministic_step_adds_nothing_by_atomics() -> None:
     assert of_configs()["gpt2-124m"]["atomics"] > 0
     exact = of_configs()[DETERMINISTIC]
     check(DETERMINISTIC, exact)
@@ -168,10 +168,10 @@ def test_in_fp8_a_layer_multiplies_nothing_in_bf16() -> None:
 
 
 @pytest.mark.soak
-def test_S1_so_do_fp8_checkpointing_and_documents() -> None:
+def test_so_do_fp8_checkpointing_and_documents() -> None:
     pytest.importorskip("torchao")
     for case, found in compiled(sorted(ENTRIES.keys() - set(CONFIGS))).items():
         check(case, found)
-        assert bool(found["atomics"]) != ("deterministic" in case)  # C1
-        # S1: the residual addition is part of a norm, not of a product, which would copy the stream
+        assert bool(found["atomics"]) != ("deterministic" in case)
+        # The residual addition is part of a norm. As part of a product it would copy the stream.
         assert "addmm" not in found["extern"] or case.startswith("gpt2"), case

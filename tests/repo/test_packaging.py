@@ -63,7 +63,7 @@ def wheel(sdist: Path) -> Path:
     return built
 
 
-def test_N10_sdist_holds_all_files_of_the_project(sdist):
+def test_sdist_holds_all_files_of_the_project(sdist):
     with tarfile.open(sdist) as archive:
         held = {file.name.partition("/")[2] for file in archive if file.isfile()}
     made = {name for name in held if ".egg-info/" in name} | {"PKG-INFO", "setup.cfg"}
@@ -153,7 +153,7 @@ def test_nothing_is_capped_and_the_constraints_name_what_was_tested():
         assert [*map(int, pinned[name].split("."))] >= [*map(int, bound.split("."))], name
 
 
-def test_N18_no_message_tells_to_install_what_is_on_no_index():
+def test_no_message_tells_to_install_what_is_on_no_index():
     sources = {path: path.read_text("utf-8") for path in (ROOT / "fasttrain").rglob("*.py")}
     assert any("pip install" in text for text in sources.values())
     for path, text in sources.items():

@@ -96,18 +96,18 @@ def run(script: str, cwd: Path, *arguments: str | Path) -> subprocess.CompletedP
 
 
 @pytest.mark.parametrize("hiding", SYSTEMS.values(), ids=SYSTEMS)
-def test_N9_the_library_and_the_kernels_work_on_a_cpu(hiding: str, tmp_path: Path) -> None:
+def test_the_library_and_the_kernels_work_on_a_cpu(hiding: str, tmp_path: Path) -> None:
     done = run(hiding + LIBRARY, tmp_path)
     assert done.stdout == "fine\n", done.stderr
 
 
-def test_N9_a_run_trains_on_macos(tmp_path: Path) -> None:
+def test_a_run_trains_on_macos(tmp_path: Path) -> None:
     done = run(NOT_ON_MACOS + TRAIN, tmp_path, write_config(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "runs/toy/checkpoints/step-00000012/manifest.json").exists()
 
 
-def test_N9_a_run_on_windows_ends_with_one_line(tmp_path: Path) -> None:
+def test_a_run_on_windows_ends_with_one_line(tmp_path: Path) -> None:
     done = run(NOT_ON_WINDOWS + TRAIN, tmp_path, "base")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: this command needs Linux or macOS (on Windows: WSL)")

@@ -6,7 +6,6 @@ import re
 import runpy
 import shlex
 import shutil
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.report import promises
 from fasttrain import Callback, evaluate, hf, prepare, report
 from fasttrain.checkpoint.__main__ import main as checkpoint_main
 from fasttrain.command import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
@@ -104,19 +104,9 @@ def test_figures_are_those_of_the_benchmarks() -> None:
         assert any(numbers(row) <= numbers(line) for line in measured), row
 
 
-def test_reliability_table_names_the_tests_there_are() -> None:
-    there = defaultdict(set)
-    for path in (ROOT / "tests").rglob("test_*.py"):
-        for numbers in re.findall(r"^def test_((?:R\d+_)+)", path.read_text("utf-8"), re.M):
-            for number in numbers.strip("_").split("_"):
-                there[number].add(path.name)
-    listed = {
-        number: set(re.findall(r"`(test_\w+\.py)`", files))
-        for number, files in re.findall(
-            r"^\| (R\d+) \|.*\|(.*)\|$", part("docs/reliability.md", "reliability"), re.M
-        )
-    }
-    assert listed == there
+def test_the_table_of_promises_names_the_tests_of_each() -> None:
+    table = part("docs/reliability.md", "reliability")
+    assert table == promises(table), "run make report"
 
 
 def test_exit_statuses_are_those_of_the_code() -> None:

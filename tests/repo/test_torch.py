@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
         (None, True, False, "AVX512", True, True),  # not Linux
     ],
 )
-def test_N5_bf16_is_native_where_it_is_faster_than_fp32_and_torch_may_use_it(
+def test_bf16_is_native_where_it_is_faster_than_fp32_and_torch_may_use_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, vendor: str | None, bf16: bool, amx: bool,
     capability: str, known: bool, native: bool,
 ) -> None:  # fmt: skip

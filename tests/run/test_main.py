@@ -25,7 +25,7 @@ WAYS = {
 }
 
 
-def test_N10_alone_it_lists_commands_that_there_are(
+def test_alone_it_lists_commands_that_there_are(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for arguments in ([], ["--help"], ["-h"]):
@@ -39,7 +39,7 @@ def test_N10_alone_it_lists_commands_that_there_are(
         assert callable(module_of(name).main)
 
 
-def test_N10_it_tells_its_version(
+def test_it_tells_its_version(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["fasttrain", "--version"])
@@ -51,7 +51,7 @@ def test_N10_it_tells_its_version(
     ("name", "hint"),
     [("trian", "did you mean train?"), ("zzz", f"there are {', '.join(COMMANDS)}")],
 )
-def test_N10_an_unknown_command_is_refused_with_the_nearest(
+def test_an_unknown_command_is_refused_with_the_nearest(
     name: str, hint: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["fasttrain", name])
@@ -62,7 +62,7 @@ def test_N10_an_unknown_command_is_refused_with_the_nearest(
 
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
-def test_N10_every_way_in_refuses_alike_and_shows_how_it_was_called(
+def test_every_way_in_refuses_alike_and_shows_how_it_was_called(
     way: list[str], tmp_path: Path
 ) -> None:
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -82,7 +82,7 @@ def test_N10_every_way_in_refuses_alike_and_shows_how_it_was_called(
         assert not imported & {"torch", "numpy", "rich"}
 
 
-def test_N10_a_signal_ends_a_run_of_the_package_with_a_checkpoint(tmp_path: Path) -> None:
+def test_a_signal_ends_a_run_of_the_package_with_a_checkpoint(tmp_path: Path) -> None:
     config = write_config(tmp_path)
     process = start("fasttrain", "train", config, "train.steps=1000000", cwd=tmp_path)
     log = tmp_path / "runs/toy/metrics.jsonl"
@@ -93,7 +93,7 @@ def test_N10_a_signal_ends_a_run_of_the_package_with_a_checkpoint(tmp_path: Path
     assert (tmp_path / "runs/toy/checkpoints/latest").exists()
 
 
-def test_N10_a_command_runs_and_leaves_as_its_module_does(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_command_runs_and_leaves_as_its_module_does(monkeypatch: pytest.MonkeyPatch) -> None:
     """A rank that failed does not wait for the others: `fasttrain.train` says how it leaves."""
     monkeypatch.delitem(sys.modules, "fasttrain.train", raising=False)
     monkeypatch.setattr(sys, "argv", ["fasttrain", "train", "base", "optim.lr=x"])

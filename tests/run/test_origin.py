@@ -70,7 +70,7 @@ def test_a_branch_decays_from_a_checkpoint_to_its_own_horizon(
     ends = [checkpoint.load(run / "checkpoints/step-00000009") for run in (branch, again)]
     for name, tensor in ends[0].group("model").items():
         assert torch.equal(tensor, ends[1].group("model")[name])
-    # A job script says the same each time (N19); the source may have continued meanwhile.
+    # A job script repeats its command; the source may have continued meanwhile.
     job = [*WSD, "train.steps=9", "--decay-from", str(base), "--resume", "auto"]
     third = train(toy, "job", *job[:-3], str(source), *job[-2:], "--stop-at-step", "6", check=75)
     train(toy, "job", *job)

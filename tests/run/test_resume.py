@@ -198,7 +198,7 @@ def test_R14_resuming_passes_over_damage_loudly_and_a_named_checkpoint_errors(
     assert verify_resume.first_difference(*pair)[0] is None
 
 
-def test_N8_a_horizon_that_makes_the_learning_rate_jump_is_told(toy: Path, capsys: Capture) -> None:
+def test_a_horizon_that_makes_the_learning_rate_jump_is_told(toy: Path, capsys: Capture) -> None:
     wsd = [str(toy), "schedule.name=wsd", "train.steps=6"]
     assert main(wsd) == 0
     capsys.readouterr()
@@ -224,7 +224,7 @@ def test_N8_a_horizon_that_makes_the_learning_rate_jump_is_told(toy: Path, capsy
     assert "learning rate" not in capsys.readouterr().out
 
 
-# ---- N19: --resume auto in a job script ----------------------------------------------------------
+# ---- --resume auto in a job script ---------------------------------------------------------------
 
 
 def killed_before_its_first_checkpoint(run_dir: Path) -> None:
@@ -236,7 +236,7 @@ def killed_before_its_first_checkpoint(run_dir: Path) -> None:
     (run_dir / "train.csv").write_text("step,loss\n1,9.0\n2,8.0\n")
 
 
-def test_N19_resume_auto_starts_a_run_where_there_is_none_and_then_goes_on_with_it(
+def test_resume_auto_starts_a_run_where_there_is_none_and_then_goes_on_with_it(
     toy: Path, capsys: Capture
 ) -> None:
     command = [str(toy), "run.name=a", "--resume", "auto"]
@@ -252,7 +252,7 @@ def test_N19_resume_auto_starts_a_run_where_there_is_none_and_then_goes_on_with_
     assert [row["step"] for row in rows(toy.parent / "runs/a")] == list(range(1, 13))
 
 
-def test_N19_a_run_killed_before_its_first_checkpoint_starts_over_in_its_folder(
+def test_a_run_killed_before_its_first_checkpoint_starts_over_in_its_folder(
     toy: Path, capsys: Capture
 ) -> None:
     run_dir = toy.parent / "runs/toy"
@@ -272,7 +272,7 @@ def test_N19_a_run_killed_before_its_first_checkpoint_starts_over_in_its_folder(
 
 
 @pytest.mark.parametrize("lost", ["manifests", "checkpoints", "folder"])
-def test_R15_N19_where_there_were_checkpoints_and_none_is_sound_it_refuses(
+def test_R15_where_there_were_checkpoints_and_none_is_sound_it_refuses(
     toy: Path, capsys: Capture, lost: str
 ) -> None:
     assert main([str(toy), "--stop-at-step", "2"]) == 75
@@ -290,7 +290,7 @@ def test_R15_N19_where_there_were_checkpoints_and_none_is_sound_it_refuses(
     assert [p.name for p in (toy.parent / "runs").iterdir()] == ["toy"]
 
 
-def test_N19_of_several_folders_the_last_that_was_saved_is_meant(
+def test_of_several_folders_the_last_that_was_saved_is_meant(
     toy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs = toy.parent / "runs"
@@ -335,7 +335,7 @@ def test_verify_resume_tells_the_first_difference(
     toy: Path, capfd: Capture, monkeypatch: pytest.MonkeyPatch, determinism: None
 ) -> None:
     def trained_here(arguments: list[str]) -> tuple[int, str]:
-        assert "run.deterministic=true" in arguments  # C1: else no GPU could pass
+        assert "run.deterministic=true" in arguments  # without it, no GPU could pass
         if {"run.name=two", "--stop-at-step=4"} <= {*arguments}:
             arguments = [*arguments, "optim.lr=1e-4", "--allow-change", "optim.lr"]
         return main(arguments), ""
@@ -376,7 +376,7 @@ def test_verify_resume_refuses_what_it_cannot_do(
     assert not (toy.parent / "runs").exists()
 
 
-def test_C1_a_deterministic_run_says_so_to_torch_before_cuda_starts(
+def test_a_deterministic_run_says_so_to_torch_before_cuda_starts(
     toy: Path, monkeypatch: pytest.MonkeyPatch, determinism: None
 ) -> None:
     seen = []
@@ -421,7 +421,7 @@ def test_R1_what_changes_the_bits_of_a_run_is_told() -> None:
     told = made_otherwise({"torch": "2.0", "threads": 99, "run.compile": "c++"}, now, exact=False)
     assert told is not None
     assert "made otherwise: torch 2.0 → 2.13; run.compile c++ → off; threads 99 → 1: " in told
-    told = made_otherwise(state, now, exact=False)  # C1: on a GPU
+    told = made_otherwise(state, now, exact=False)  # as on a GPU
     assert told is not None
     assert "run.deterministic=true makes it exact" in told
     before = {"provenance": {"commit": "a" * 40, "uncommitted_changes": False}}

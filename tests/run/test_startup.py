@@ -61,7 +61,7 @@ def test_a_config_is_read_without_torch() -> None:
     assert not loaded & {"torch", "numpy", "rich", "tokenizers"}
 
 
-def test_N10_the_command_lists_its_commands_without_the_config() -> None:
+def test_the_command_lists_its_commands_without_the_config() -> None:
     (loaded,) = modules_after("import fasttrain.__main__")
     assert not loaded & {"torch", "argparse", "fasttrain.config"}
 

@@ -81,7 +81,7 @@ def test_a_run_leaves_what_the_design_names_and_says_how_to_go_on(
     assert "python -m fasttrain.generate runs/toy" in out
     assert "bits per byte" in out
     assert err == ""
-    assert " CPU, 1 thread · " in out  # N18
+    assert " CPU, 1 thread · " in out
     assert generate_main([str(run_dir), "--prompt", "alpha", "--greedy"]) == 0
     text = capsys.readouterr().out
     assert text.startswith("alpha")
@@ -226,7 +226,7 @@ def test_resuming_finds_the_run_from_any_of_its_folders(toy: Path, train: Train)
     assert [p.name for p in (toy.parent / "runs").iterdir()] == ["a"]
 
 
-def test_N18_a_run_is_resumed_with_the_config_that_it_holds(
+def test_a_run_is_resumed_with_the_config_that_it_holds(
     toy: Path, train: Train, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train(toy, "run.name=whole")
@@ -244,7 +244,7 @@ def test_N18_a_run_is_resumed_with_the_config_that_it_holds(
     assert "error: --resume nowhere: not a run or checkpoint folder" in capsys.readouterr().err
 
 
-def test_C12_too_little_memory_is_one_message_with_the_remedy(
+def test_too_little_memory_is_one_message_with_the_remedy(
     toy: Path, monkeypatch: pytest.MonkeyPatch, train: Train
 ) -> None:
     def full(*_: object) -> None:
@@ -269,7 +269,7 @@ def test_an_interruption_before_the_first_step_leaves_nothing(
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_R10_F11_a_signal_before_or_during_the_imports_ends_at_once(
+def test_R10_a_signal_before_or_during_the_imports_ends_at_once(
     number: signal.Signals, toy: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -313,7 +313,7 @@ def test_R10_F11_a_signal_before_or_during_the_imports_ends_at_once(
     assert statuses((sys.modules["fasttrain.train"], "load_config", before))[-1] == saved
 
 
-def test_R10_F11_a_process_that_is_stopped_while_it_imports(toy: Path) -> None:
+def test_R10_a_process_that_is_stopped_while_it_imports(toy: Path) -> None:
     (toy.parent / "runs/toy/checkpoints/step-00000002").mkdir(parents=True)
     waits = "import os, time\nopen(f'importing-{os.getpid()}', 'w').close()\ntime.sleep(600)\n"
     (toy.parent / "rich.py").write_text(waits)

@@ -113,7 +113,7 @@ def test_batches_come_in_several_forms(batch: tuple[Tensor, Tensor]) -> None:
     assert not report.failed
 
 
-def test_N11_the_batches_that_trainers_take_or_an_error(batch: tuple[Tensor, Tensor]) -> None:
+def test_the_batches_that_trainers_take_or_an_error(batch: tuple[Tensor, Tensor]) -> None:
     tokens, targets = batch
     for form in (tokens, [tokens], {"input_ids": tokens, "labels": None}, [t.int() for t in batch]):
         assert not diagnose(plain(), form).failed
@@ -128,7 +128,7 @@ def test_N11_the_batches_that_trainers_take_or_an_error(batch: tuple[Tensor, Ten
 
 
 @pytest.mark.parametrize("form", ["nothing", "flat"])
-def test_N11_a_model_that_returns_no_logits_is_a_line_too(
+def test_a_model_that_returns_no_logits_is_a_line_too(
     batch: tuple[Tensor, Tensor], form: str
 ) -> None:
     model = plain()

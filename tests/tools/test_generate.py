@@ -350,7 +350,7 @@ def test_the_command_in_a_process_that_stops_reading(run_dir: Path) -> None:
     assert process.returncode == 141
 
 
-def test_F16_a_prompt_that_is_not_utf_8_is_one_line(
+def test_a_prompt_that_is_not_utf_8_is_one_line(
     run_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert main([str(run_dir), "--prompt", "a\udcff"]) == 2

@@ -284,7 +284,7 @@ ODD: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize(("name", "file", "change"), ODD.values(), ids=ODD)
-def test_F16_an_odd_folder_is_one_line(
+def test_an_odd_folder_is_one_line(
     name: str, file: str, change: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make_run(tmp_path / "run", **MODELS[name])
@@ -297,7 +297,7 @@ def test_F16_an_odd_folder_is_one_line(
     assert not (tmp_path / "again").exists()
 
 
-def test_F16_a_tensor_in_two_files_is_refused(exported: Path, tmp_path: Path) -> None:
+def test_a_tensor_in_two_files_is_refused(exported: Path, tmp_path: Path) -> None:
     (exported / "copy.safetensors").write_bytes((exported / "model.safetensors").read_bytes())
     index = {"weight_map": {"a": "model.safetensors", "b": "copy.safetensors"}}
     (exported / "model.safetensors.index.json").write_text(json.dumps(index))

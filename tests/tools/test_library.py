@@ -472,7 +472,7 @@ def test_max_grad_value_clips_each_element() -> None:
     assert change == pytest.approx(1e-4, rel=1e-2)
 
 
-def test_N11_a_config_may_be_a_dict() -> None:
+def test_a_config_may_be_a_dict() -> None:
     model = toy()
     optimizer = torch.optim.AdamW(model.parameters())
     trainer = Trainer(model, optimizer, config={"run": {"device": "cpu"}, "train": {"steps": 2}})
@@ -499,7 +499,7 @@ class Duck:
         self.steps += 1
 
 
-def test_N11_a_callback_need_not_inherit_and_what_is_none_is_refused() -> None:
+def test_a_callback_need_not_inherit_and_what_is_none_is_refused() -> None:
     model = toy()
     optimizer = torch.optim.AdamW(model.parameters())
     duck, alone = Duck(), Duck()
@@ -527,7 +527,7 @@ class Hashed(nn.Module):
         return self.model(tokens % V) + self.positions(torch.arange(tokens.shape[1]))
 
 
-def test_N11_an_index_outside_a_table_names_both_and_nothing_else_is_refused() -> None:
+def test_an_index_outside_a_table_names_both_and_nothing_else_is_refused() -> None:
     ids = torch.stack([row["input_ids"] for row in data(4)])
     beyond, negative, longer = ids.clone(), ids.clone(), ids.repeat(1, 2)
     beyond[1, 2], negative[1, 2] = V + 3, -1
@@ -553,7 +553,7 @@ def test_N11_an_index_outside_a_table_names_both_and_nothing_else_is_refused() -
 
 
 @pytest.mark.parametrize("by", ["trainer", "user", "user, in place"])
-def test_N11_to_look_at_ids_does_not_compile_a_model_twice(
+def test_to_look_at_ids_does_not_compile_a_model_twice(
     by: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fasttrain.model.runtime._has_cpp_compiler", lambda: True)
@@ -571,7 +571,7 @@ def test_N11_to_look_at_ids_does_not_compile_a_model_twice(
     assert compiled.call_count == 1
 
 
-def test_N12_keys_that_have_no_effect_are_named_in_one_warning(tmp_path: Path) -> None:
+def test_keys_that_have_no_effect_are_named_in_one_warning(tmp_path: Path) -> None:
     model = toy()
     optimizer = torch.optim.AdamW(model.parameters())
     settings = config(
@@ -592,7 +592,7 @@ def test_N12_keys_that_have_no_effect_are_named_in_one_warning(tmp_path: Path) -
         assert warning.filename == __file__
 
 
-def test_N12_the_keys_that_are_said_to_be_obeyed_are_those_that_are_read(
+def test_the_keys_that_are_said_to_be_obeyed_are_those_that_are_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: set[str] = set()

@@ -608,7 +608,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_R24_R32_F5_another_optimizer_scheduler_or_config_is_refused_and_nothing_changed(
+def test_R24_R32_another_optimizer_scheduler_or_config_is_refused_and_nothing_changed(
     name: str, saved: Path, tmp_path: Path
 ) -> None:
     options, message = CHANGES[name]
@@ -620,7 +620,7 @@ def test_R24_R32_F5_another_optimizer_scheduler_or_config_is_refused_and_nothing
     assert torch.equal(torch.get_rng_state(), drawn)
 
 
-def test_R24_R32_F5_another_model_or_loader_is_refused(saved: Path, tmp_path: Path) -> None:
+def test_R24_R32_another_model_or_loader_is_refused(saved: Path, tmp_path: Path) -> None:
     trainer = made(tmp_path, scheduler=steps_of(5), train={"steps": 9})
     trainer.load_checkpoint(saved)  # more steps are no other training
     for loader, message in (
@@ -677,7 +677,7 @@ def files(run_dir: Path) -> dict[Path, bytes]:
     return {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file()}
 
 
-def test_R32_N2_a_new_trainer_never_touches_an_earlier_run(tmp_path: Path) -> None:
+def test_R32_a_new_trainer_never_touches_an_earlier_run(tmp_path: Path) -> None:
     loader = DataLoader(rows(), batch_size=4)
     first = made(tmp_path / "run")
     first.train(loader)
@@ -830,7 +830,7 @@ class Signal:
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
-def test_R10_R32_N3_a_signal_ends_the_training_with_a_checkpoint(
+def test_R10_R32_a_signal_ends_the_training_with_a_checkpoint(
     name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def make(run_dir: Path | None) -> tuple[Trainer, Any]:
@@ -886,7 +886,7 @@ class BadAt(nn.CrossEntropyLoss):
 
 
 @pytest.mark.parametrize("optimizer", [sgd, lambda model: FusedAdamW(model.parameters())])
-def test_R18_R32_F15_the_scheduler_does_not_follow_a_skipped_step(
+def test_R18_R32_the_scheduler_does_not_follow_a_skipped_step(
     optimizer: Callable[[nn.Module], torch.optim.Optimizer],
 ) -> None:
     trainer = made(
@@ -899,7 +899,7 @@ def test_R18_R32_F15_the_scheduler_does_not_follow_a_skipped_step(
     assert trainer.metrics.values("lr") == [base * 0.5**n for n in (0, 1, 1, 1, 2, 3)]
 
 
-def test_R32_N1_a_plateau_that_never_evaluates_is_warned_of_and_saved(tmp_path: Path) -> None:
+def test_R32_a_plateau_that_never_evaluates_is_warned_of_and_saved(tmp_path: Path) -> None:
     trainer = made(tmp_path, scheduler=lr_scheduler.ReduceLROnPlateau, train={"steps": 2})
     with pytest.warns(UserWarning, match="ReduceLROnPlateau changes nothing without evaluations"):
         trainer.train([rows(4)])

@@ -99,7 +99,7 @@ def test_only_logged_steps_read_the_loss(
     assert reads == ["tolist"] * 3
 
 
-def test_N11_the_last_step_is_recorded(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_last_step_is_recorded(capsys: pytest.CaptureFixture[str]) -> None:
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     result = train_loop(model, list(batches()) * 8, optimizer, 1, log_interval=100, device="cpu")
@@ -137,7 +137,7 @@ def test_train_loop_names_an_argument_of_a_wrong_kind() -> None:
             train_loop(*arguments, device="cpu")  # type: ignore[arg-type]
 
 
-def test_N11_batches_of_every_usual_form_are_the_same() -> None:
+def test_batches_of_every_usual_form_are_the_same() -> None:
     ids = torch.randint(V, (8, T + 1), generator=torch.Generator().manual_seed(1))
     tokens, targets = ids[:, :-1], ids[:, 1:]
     shifted = torch.cat([tokens[:, 1:], torch.full((8, 1), -100)], 1)
@@ -183,7 +183,7 @@ FORMS: dict[str, Callable[[Tensor], Any]] = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_N11_models_may_return_more_than_logits(form: str) -> None:
+def test_models_may_return_more_than_logits(form: str) -> None:
     ids = torch.randint(V, (4, T + 1), generator=torch.Generator().manual_seed(1))
     data = [(ids[:, :-1], ids[:, 1:])]
     results = []
@@ -264,7 +264,7 @@ def batches(**changes: Any) -> Iterator[dict[str, Tensor]]:
         ([], "epoch 1 had no batch; give a DataLoader"),
     ],
 )
-def test_N11_a_wrong_batch_is_named(data: Any, message: str) -> None:
+def test_a_wrong_batch_is_named(data: Any, message: str) -> None:
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(UserError, match=message):

@@ -78,7 +78,7 @@ def test_parameters_and_flops_are_those_of_the_model(config_path: Path) -> None:
     ],
     ids=str,
 )
-def test_C20_epochs_are_counted_as_the_loader_counts_them(
+def test_epochs_are_counted_as_the_loader_counts_them(
     tmp_path: Path, options: dict[str, Any]
 ) -> None:
     overrides = ["train.steps=none", "train.epochs=2.5"]
@@ -184,7 +184,7 @@ def test_data_and_length_that_hurt(sound: TrainConfig) -> None:
     assert any("multiples of 64" in line for line in on_cuda)
 
 
-# ---- N7: data that are not there, or of another vocabulary ---------------------------------------
+# ---- data that are missing, or of another vocabulary ---------------------------------------------
 
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -197,7 +197,7 @@ REMEDIES = {
 
 
 @pytest.mark.parametrize("name", REMEDIES)
-def test_N7_without_its_data_a_config_is_told_but_for_them(
+def test_without_its_data_a_config_is_told_but_for_them(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -224,7 +224,7 @@ def refused(command: list[str], capsys: Any) -> str:
     return line
 
 
-def test_N7_what_cannot_be_told_without_data_is_an_error_or_left_open(
+def test_what_cannot_be_told_without_data_is_an_error_or_left_open(
     config_path: Path, capsys: Any
 ) -> None:
     nowhere = [str(config_path), "--no-probe", "data.path=nowhere"]
@@ -238,9 +238,7 @@ def test_N7_what_cannot_be_told_without_data_is_an_error_or_left_open(
     assert main([str(config_path), "data.path=nowhere", "model.vocab_size=500", "--diagnose"]) == 2
 
 
-def test_N7_both_vocabularies_are_shown_where_they_differ(
-    lines: list[str], config_path: Path
-) -> None:
+def test_both_vocabularies_are_shown_where_they_differ(lines: list[str], config_path: Path) -> None:
     config = load_config(config_path, ["model.vocab_size=50304"])
     assert preflight(config, probe=False)
     (data,) = (line for line in lines if line.startswith("data "))
@@ -249,7 +247,7 @@ def test_N7_both_vocabularies_are_shown_where_they_differ(
     assert sum(told in line for line in lines) == 1
 
 
-def test_N6_few_tokens_to_validate_on_are_told_before_a_run_and_in_it(
+def test_few_tokens_to_validate_on_are_told_before_a_run_and_in_it(
     config_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -263,7 +261,7 @@ def test_N6_few_tokens_to_validate_on_are_told_before_a_run_and_in_it(
     assert list(warnings_at_start(plan_of(settled, dataset(max_token=256), enough))) == []
 
 
-def test_N18_several_processes_where_there_is_one_are_told(
+def test_several_processes_where_there_is_one_are_told(
     config_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -278,7 +276,7 @@ def test_N18_several_processes_where_there_is_one_are_told(
     assert "no effect" not in capsys.readouterr().out
 
 
-def test_N18_what_holds_nothing_at_the_peak_is_not_told_as_0_MiB(
+def test_what_holds_nothing_at_the_peak_is_not_told_as_0_MiB(
     lines: list[str], config_path: Path
 ) -> None:
     overrides = ["model.vocab_size=100000", "model.n_layers=1", "train.micro_batch=64"]
@@ -336,7 +334,7 @@ def test_a_gpu_takes_the_largest_that_runs(
     assert settle(a_quarter, CUDA) == 6  # 6 rows for each of 4 ranks
 
 
-def test_C8_a_probe_that_ran_out_of_memory_leaves_nothing_behind(
+def test_a_probe_that_ran_out_of_memory_leaves_nothing_behind(
     auto: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     left: list[weakref.ref[Transformer]] = []

@@ -100,7 +100,7 @@ def test_the_page_says_what_made_a_run_and_what_went_on_with_it(tmp_path: Path) 
     assert "<td>train &lt;b&gt;</td>" in page([run])
 
 
-def test_N14_differences_are_as_in_a_config(tmp_path: Path) -> None:
+def test_differences_are_as_in_a_config(tmp_path: Path) -> None:
     path = write_config(tmp_path)
     keys = ["train.max_grad_norm=none", "optim.betas=[0.8, 0.9]", "model.bias=true"]
     keys += ["schedule.context_fractions=[0.25, 0.5]", "train.ema_decay=0.5"]
@@ -115,7 +115,7 @@ def test_N14_differences_are_as_in_a_config(tmp_path: Path) -> None:
     }
 
 
-def test_N14_the_smoothed_loss_is_a_mean_over_the_last_steps(tmp_path: Path) -> None:
+def test_the_smoothed_loss_is_a_mean_over_the_last_steps(tmp_path: Path) -> None:
     run = read_run(make_run(tmp_path / "one"))
     run.train = [{"step": step, "loss": float(step)} for step in range(10, 110, 10)]
     run.train[6]["loss"] = None  # it was not finite
@@ -124,7 +124,7 @@ def test_N14_the_smoothed_loss_is_a_mean_over_the_last_steps(tmp_path: Path) -> 
     assert smoothed(run, 1000)[-1] == (80 + 90 + 100) / 3 == 90
 
 
-def test_N14_the_table_has_dates_perplexity_and_accuracy(tmp_path: Path) -> None:
+def test_the_table_has_dates_perplexity_and_accuracy(tmp_path: Path) -> None:
     shown = facts(read_run(make_run(tmp_path / "one")), n_steps=1)
     assert (shown["started"], shown["ended"]) == ("2026-11-22 23:59", "2026-11-23 00:01")
     assert shown["steps"] == "20 (25% of the run)"
@@ -133,7 +133,7 @@ def test_N14_the_table_has_dates_perplexity_and_accuracy(tmp_path: Path) -> None
     assert [shown[key] for key in best] == ["2.5000", "20", "12.18", "1.2500", "41.6%"]
 
 
-def test_N14_the_parts_of_a_step_add_up_to_it(tmp_path: Path) -> None:
+def test_the_parts_of_a_step_add_up_to_it(tmp_path: Path) -> None:
     run = read_run(make_run(tmp_path / "one", communication_ms=40.0))
     run.train[0]["first_step_s"] = 2.0  # it compiled
     time = next(panel for panel in panels([run]) if "time" in panel.title)
@@ -143,7 +143,7 @@ def test_N14_the_parts_of_a_step_add_up_to_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("last", "scale"), [(340.0, "normal"), (24.5, "log")])
-def test_N14_an_axis_is_logarithmic_where_it_then_has_ticks(
+def test_an_axis_is_logarithmic_where_it_then_has_ticks(
     tmp_path: Path, last: float, scale: str
 ) -> None:
     run = read_run(make_run(tmp_path / "one"))
@@ -152,7 +152,7 @@ def test_N14_an_axis_is_logarithmic_where_it_then_has_ticks(
     assert panel.scale == scale
 
 
-def test_N4_a_run_of_the_library_can_be_reported(tmp_path: Path) -> None:
+def test_a_run_of_the_library_can_be_reported(tmp_path: Path) -> None:
     model = torch.nn.Sequential(torch.nn.Embedding(8, 4), torch.nn.Linear(4, 8))
     config = TrainConfig(train=LoopConfig(steps=3), log=LogConfig(every_steps=1))
     tokens = torch.arange(32).reshape(4, 8) % 8
@@ -186,13 +186,13 @@ def test_command(
     expected = "report-same-other.html and report-same-other.png: 2 runs\n"
     assert capsys.readouterr().out == expected
     assert Path("report-same-other.png").is_file()
-    assert Path(runs[0], "report.html").read_bytes() == own, "N14: it is not written over"
+    assert Path(runs[0], "report.html").read_bytes() == own, "the report of one run was overwritten"
     (tmp_path / "empty").mkdir()
     assert main([str(tmp_path / "empty")]) == 2
     assert "metrics.jsonl" in capsys.readouterr().err
 
 
-def test_N18_a_package_that_is_missing_is_named_as_it_is_installed(
+def test_a_package_that_is_missing_is_named_as_it_is_installed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = make_run(tmp_path / "a")

@@ -117,7 +117,7 @@ def test_uploads_reach_the_launches_that_read_them() -> None:
     assert torch.equal(*found)
 
 
-def test_C14_a_capture_pins_nothing_and_has_numbers_of_its_own() -> None:
+def test_a_capture_pins_nothing_and_has_numbers_of_its_own() -> None:
     param = torch.nn.Parameter(torch.ones(8, device="cuda"))
     optimizer = FusedAdamW([param], lr=0.1)
 
@@ -140,7 +140,7 @@ def test_C14_a_capture_pins_nothing_and_has_numbers_of_its_own() -> None:
     assert members.hyper.tensor[0, 0].item() == pytest.approx(0.01)
 
 
-def test_C14_norms_on_two_streams_have_tables_of_their_own() -> None:
+def test_norms_on_two_streams_have_tables_of_their_own() -> None:
     one, two = torch.full((8,), 1.0, device="cuda"), torch.full((8,), 2.0, device="cuda")
     side = torch.cuda.Stream()
     with deferred_copies():
@@ -153,7 +153,7 @@ def test_C14_norms_on_two_streams_have_tables_of_their_own() -> None:
         assert (first.item() ** 2, second.item() ** 2) == pytest.approx((8, 32))
 
 
-def test_C10_a_snapshot_pins_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_snapshot_pins_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = {"weight": torch.ones(17 * MIB // 4, device="cuda")}
     unpinned = device.sim_peak_pinned(True)
     snapshot = checkpoint_snapshot.Snapshot("model", tensors)
@@ -172,7 +172,7 @@ def test_C10_a_snapshot_pins_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> N
     assert snapshot.views["weight"].min() == 1
 
 
-def test_C19_a_writer_opens_no_context_on_another_device(tmp_path: Path) -> None:
+def test_a_writer_opens_no_context_on_another_device(tmp_path: Path) -> None:
     weight = torch.ones(3, device="cuda:1")
     with torch.cuda.device(1):
         device.sim_touched(-1)
@@ -183,7 +183,7 @@ def test_C19_a_writer_opens_no_context_on_another_device(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("saved_before", [False, True])
-def test_C15_a_step_that_hangs_on_the_device_is_given_up(
+def test_a_step_that_hangs_on_the_device_is_given_up(
     data: Path, tmp_path: Path, saved_before: bool
 ) -> None:
     """The host issues the update and the next step behind it; what is saved is the step before."""

@@ -94,7 +94,7 @@ def test_a_run_has_the_losses_of_one_on_a_cpu(data: Path, tmp_path: Path, name: 
         ("documents, sliding window", "run.attention=auto", "FlexAttention"),
     ],
 )
-def test_S3_the_header_names_the_kernel_of_attention(
+def test_the_header_names_the_kernel_of_attention(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, override: str,
     shown: str,
 ) -> None:  # fmt: skip
