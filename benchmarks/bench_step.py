@@ -22,12 +22,13 @@ from torch import Tensor, nn
 from benchmarks.harness import OURS, ROOT
 from fasttrain.config import TrainConfig, load_config
 from fasttrain.data.loader import Batch
-from fasttrain.device import resolve_device, resolve_precision
+from fasttrain.device import resolve_device, resolve_precision, set_matmul_precision
 from fasttrain.engine.optim import build_optimizers
 from fasttrain.engine.step import TrainStep
 from fasttrain.model.attention import Attention
 from fasttrain.model.runtime import compile_function
 from fasttrain.model.transformer import Transformer
+from fasttrain.resolve import apply_numerics, resolve
 
 LR = 1e-3
 BASE = ROOT / "configs" / "base.toml"
@@ -85,7 +86,9 @@ def make_batch(config: TrainConfig) -> Batch:
 def our_step(config: TrainConfig) -> Step:
     """Return the trainer's step on a batch that stays the same."""
     model, optimizers, device = parts_of(config)
-    train_step = TrainStep(model, optimizers, config, device=device)
+    resolved = resolve(config, device)
+    apply_numerics(resolved)
+    train_step = TrainStep(model, optimizers, resolved)
     batch = make_batch(config)
 
     def step() -> Tensor:
@@ -99,6 +102,7 @@ def loop(loss_of: Callable[..., Any], config: TrainConfig, optimizer: Any) -> St
     """Return the usual loop's body in the precision of a config; clip, step, clear."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     precision = resolve_precision(config.run.dtype, resolve_device(config.run.device))
+    set_matmul_precision(precision)
     batch = make_batch(config)
 
     def step() -> Tensor:

@@ -69,6 +69,7 @@ from fasttrain.config import TrainConfig, UserError, load_config
 from fasttrain.device import make_deterministic
 from fasttrain.engine.step import TrainStep
 from fasttrain.model.transformer import Transformer
+from fasttrain.resolve import apply_numerics, resolve
 
 # ---- a device that is not there ------------------------------------------------------------------
 
@@ -228,7 +229,9 @@ def compile_step(config: TrainConfig) -> Program:
             starts = torch.empty(shape, dtype=torch.bool)
             scale = torch.empty((), dtype=torch.float32)
         optimizer = torch.optim.SGD(model.parameters())  # what no optimizer holds does not train
-        step = TrainStep(model, [optimizer], config, device=DEVICE)
+        resolved = resolve(config, DEVICE)
+        apply_numerics(resolved)
+        step = TrainStep(model, [optimizer], resolved)
         documents = None if config.data.attention_across_documents else starts
         written = written_by(lambda: step.loss_fn(tokens, tokens, documents, scale))
     assert len(written) == 2, f"{len(written)} graphs, not one forward and one backward"

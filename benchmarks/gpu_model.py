@@ -14,8 +14,8 @@ import torch
 
 from benchmarks.harness import ROOT, Document, folded, read_all, slug
 from fasttrain.config import load_config
-from fasttrain.engine.schedule import step_shape
 from fasttrain.model.transformer import Transformer
+from fasttrain.resolve import step_shape
 
 CONFIGS = [
     name + option

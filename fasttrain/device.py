@@ -66,20 +66,27 @@ def resolve_precision(name: str, device: torch.device) -> Precision:
     """Return the precision that ``run.dtype`` names on ``device``.
 
     ``auto`` is bf16 where it is faster than fp32; else fp16 on CUDA and fp32 on a CPU.
-    On CUDA it also sets the process-wide precision of fp32 matrix products: TF32 unless ``fp32``.
     """
     if name == "auto":
         fallback = "fp16" if device.type == "cuda" else "fp32"
         name = "bf16" if native_bf16(device) else fallback
     if name == "tf32" and device.type != "cuda":
         refuse("run.dtype", name, f"needs a CUDA device, got {device}; use fp32 or auto")
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("highest" if name == "fp32" else "high")
-    dtypes = {"fp32": torch.float32, "tf32": torch.float32}
-    dtypes |= {"bf16": torch.bfloat16, "fp16": torch.float16}
+    dtypes = {
+        "fp32": torch.float32,
+        "tf32": torch.float32,
+        "bf16": torch.bfloat16,
+        "fp16": torch.float16,
+    }
     if name not in dtypes:
         refuse("run.dtype", name, "is not implemented; add it to resolve_precision")
     return Precision(name, dtypes[name], device.type)
+
+
+def set_matmul_precision(precision: Precision) -> None:
+    """Have fp32 matrix products of this process use TF32 on CUDA, unless the precision is fp32."""
+    if precision.device_type == "cuda":
+        torch.set_float32_matmul_precision("highest" if precision.name == "fp32" else "high")
 
 
 ATTENTION = {"flash": "FlashAttention", "cudnn": "cuDNN attention", "fa3": "FlashAttention-3"}
@@ -88,32 +95,35 @@ ATTENTION = {"flash": "FlashAttention", "cudnn": "cuDNN attention", "fa3": "Flas
 def resolve_attention(name: str, device: torch.device, *, deterministic: bool) -> str | None:
     """Return which of SDPA's kernels ``run.attention`` names on CUDA, a key of `ATTENTION`.
 
-    It is tried first in the whole process; what it cannot compute, another does. ``auto`` is cuDNN
-    on an H100 or a B200, unless the run is deterministic, and FlashAttention elsewhere: in training
-    shapes others measured cuDNN at 1.7 to 2.3 times the speed of FlashAttention-2 on an H100, and
-    0.8 to 1.0 times on an A100, an A10G and an L40S (github.com/huggingface/transformers/pull/48163
-    of 2026). ``preflight --kernels`` measures both.
+    ``auto`` is cuDNN on an H100 or a B200, unless the run is deterministic, and FlashAttention
+    elsewhere: in training shapes others measured cuDNN at 1.7 to 2.3 times the speed of
+    FlashAttention-2 on an H100, and 0.8 to 1.0 times on an A100, an A10G and an L40S
+    (github.com/huggingface/transformers/pull/48163 of 2026). ``preflight --kernels`` measures both.
     """
     if device.type != "cuda":
         if name != "auto":
             refuse("run.attention", name, f"needs a CUDA device, got {device}; use auto")
         return None
-    from torch.nn.attention import SDPBackend, activate_flash_attention_impl
-
     if name == "auto":
         suits = torch.cuda.get_device_capability(device) in ((9, 0), (10, 0))
         name = "cudnn" if suits and not deterministic else "flash"
+    return name
+
+
+def prefer_attention_kernel(name: str) -> None:
+    """Have SDPA try a kernel of `ATTENTION` first in this process; others do what it cannot."""
+    from torch.nn.attention import SDPBackend, activate_flash_attention_impl
+
     if name == "fa3":
         try:
             activate_flash_attention_impl("FA3")
-        except (ImportError, RuntimeError, ValueError) as e:
+        except (ImportError, RuntimeError, ValueError) as error:
             remedy = "install flash_attn_interface, which is built from the folder hopper of "
             remedy += "github.com/Dao-AILab/flash-attention, or use auto"
-            refuse("run.attention", name, f"cannot be used ({e}); {remedy}")
+            refuse("run.attention", name, f"cannot be used ({error}); {remedy}")
     order = ["FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH"]  # torch's, and cuDNN
     order.insert(0 if name == "cudnn" else 3, "CUDNN_ATTENTION")
     prefer_attention([SDPBackend.__members__[backend].value for backend in order])
-    return name
 
 
 def set_threads(n: int | None, n_cores: int) -> None:
@@ -196,7 +206,6 @@ class CoreWatch:
 
 
 def _idle(wait: Callable[[], Any]) -> None:
-    torch.empty(2**20, dtype=torch.float32, device="cpu").fill_(
-        0.0
-    )  # in a team of threads, which this thread keeps
+    # A team of threads computes this, and this thread keeps the team.
+    torch.empty(2**20, dtype=torch.float32, device="cpu").fill_(0.0)
     wait()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fasttrain.command import command, make_parser
 from fasttrain.config import UserError
-from fasttrain.device import resolve_device, resolve_precision
+from fasttrain.device import resolve_device, resolve_precision, set_matmul_precision
 from fasttrain.generate import load_with_tokenizer
 from fasttrain.printing import say
 
@@ -46,8 +46,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     names = [name for given in options.tasks for name in given.split(",") if name]
     tasks = load_tasks(names, options.include_path, n_fewshot=options.num_fewshot)
-    precision, rows = resolve_precision(options.dtype, device), options.batch_size
-    lm = HarnessModel(model=model, tokenizer=tokenizer, batch_size=rows, precision=precision)
+    precision = resolve_precision(options.dtype, device)
+    set_matmul_precision(precision)
+    lm = HarnessModel(
+        model=model, tokenizer=tokenizer, batch_size=options.batch_size, precision=precision
+    )
     results = lm.run(tasks, options.limit, n_bootstrap=1000)
     say(make_table(results))
     if options.out:

@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from fasttrain import library_state as states
-from fasttrain.checkpoint import CheckpointWriter, load, refuse_unsavable, resolve
+from fasttrain.checkpoint import CheckpointWriter, load, refuse_unsavable
+from fasttrain.checkpoint import resolve as resolve_checkpoint
 from fasttrain.command import EXIT_STOPPED, redact, tell
 from fasttrain.config import (
     LoopConfig,
@@ -57,6 +58,7 @@ from fasttrain.log.sinks import Kind, Sinks, check_packages
 from fasttrain.model.transformer import Transformer
 from fasttrain.objective import Criterion, Objective, together, without_compiler
 from fasttrain.printing import say
+from fasttrain.resolve import apply_numerics, resolve
 from fasttrain.run.folder import (
     holds_run,
     lock_run_dir,
@@ -359,16 +361,22 @@ class Trainer:
             make_deterministic()
         self.world, self.device = place(model, optimizer, config)
         self.made_by = provenance(self.device)
-        self.objective = Objective(model, criterion, config, self.device)
+        resolved = resolve(config, self.device, self.world, is_custom=True)
+        apply_numerics(resolved)
+        self.objective = Objective(model, criterion, resolved)
         self.model = model = without_compiler(model)
         self.metrics = TrainingMetrics()
         self.optimizer, self.scheduler, self.accumulate = optimizer, scheduler, accumulate
         self.metric_functions, self.callbacks = dict(metrics or {}), callbacks
         self.train_step = TrainStep(
-            model, [optimizer], config, device=self.device, world=self.world, n_micro=accumulate,
-            criterion=self.objective.loss_sum, count=self.objective.count,
+            model,
+            [optimizer],
+            resolved,
+            n_micro=accumulate,
+            criterion=self.objective.loss_sum,
+            count=self.objective.count,
             ignore_index=self.objective.ignore_index,
-        )  # fmt: skip
+        )
         self.train_step.before_update = self._follow
         self.ema = self.train_step.ema
         self.run_dir = Path(run_dir) if run_dir is not None else None
@@ -929,7 +937,7 @@ class Trainer:
         """
         if (where := path or self.run_dir) is None:
             raise UserError("Trainer: name the checkpoint, or give the trainer a run_dir")
-        loaded = load(resolve(_path("path", where)))
+        loaded = load(resolve_checkpoint(_path("path", where)))
         if "library" not in loaded.state:
             remedy = "go on with what saved it, or take the model alone: fasttrain.load_model"
             raise UserError(f"{loaded.path}: was not saved by a Trainer of this version; {remedy}")

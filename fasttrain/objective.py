@@ -18,12 +18,11 @@ from fasttrain_kernels import cross_entropy
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from fasttrain.config import TrainConfig, UserError
-from fasttrain.device import resolve_precision
+from fasttrain.config import UserError
 from fasttrain.distributed.sharding import evaluating
 from fasttrain.distributed.world import SharedError, World
-from fasttrain.model.runtime import resolve_compile
 from fasttrain.model.transformer import Embedding
+from fasttrain.resolve import Resolved
 
 Criterion = Callable[[Tensor, Tensor], Tensor]  # logits (N, V), targets (N,) → scalar
 # Whose mean is the sum of the weighted losses over the sum of the targets' class weights
@@ -111,10 +110,9 @@ class Objective:
         self,
         model: nn.Module,
         criterion: Criterion | None,
-        config: TrainConfig,
-        device: torch.device,
+        resolved: Resolved,
     ) -> None:
-        loop = config.train
+        loop = resolved.config.train
         self.run: Callable[..., Any] = model
         self.model = without_compiler(model)
         self.criterion = criterion
@@ -122,10 +120,9 @@ class Objective:
         of_router = getattr(getattr(model, "config", None), "router_aux_loss_coef", None)
         self.aux_weight = 1.0 if of_router is None else float(of_router)
         # Not by itself ("auto"): it pays after a minute, and a model of any kind may not compile.
-        mode = config.run.compile
-        if mode not in ("auto", "c++") and resolve_compile(config, device) != "off":
+        if resolved.compile_mode != "off":
             self.run = torch.compile(model)
-        self.device, self.precision = device, resolve_precision(config.run.dtype, device)
+        self.device, self.precision = resolved.device, resolved.precision
         # Of the default criterion
         self.options: Any = {"ignore_index": self.ignore_index, "z_loss": loop.z_loss}
         self.options |= {"label_smoothing": loop.label_smoothing, "reduction": "sum"}

@@ -40,13 +40,13 @@ from torch import Tensor
 from fasttrain.config import DistributedConfig, OptimConfig, TrainConfig, UserError
 from fasttrain.config.keys import counted, divisors
 from fasttrain.data.loader import Batch
-from fasttrain.device import Precision, resolve_precision
+from fasttrain.device import Precision
 from fasttrain.distributed.sharding import set_gradient_sync, shard
 from fasttrain.distributed.world import World, choose_mode
 from fasttrain.engine.optim import build_optimizers, optimizer_tensors, state_bytes
-from fasttrain.engine.schedule import step_shape
-from fasttrain.engine.step import TrainStep, default_criterion, rounds_once
+from fasttrain.engine.step import TrainStep, default_criterion
 from fasttrain.model.transformer import Transformer
+from fasttrain.resolve import resolve, step_shape
 
 # Of the memory that is free: the rest is for evaluation, samples, snapshots and fragmentation.
 USABLE = 0.9
@@ -187,8 +187,10 @@ def estimate_memory(
     ``mode``: single, ddp, fsdp or hsdp; the last two are refused in a process that has a process
     group. ``device`` decides which attention runs and how the loss is split.
     """
-    rows, n_micro, *_ = step_shape(config.train, seq_len := config.data.seq_len, n_ranks)
-    precision = resolve_precision(config.run.dtype, device)
+    seq_len = config.data.seq_len
+    rows, n_micro, *_ = step_shape(config.train, seq_len, n_ranks)
+    alone = resolve(config, device)
+    precision = alone.precision
     # DDP's buckets hold all gradients from the first step on, as a second micro-batch finds them.
     n_alone = min(n_micro, 2) if mode == "single" else 2
     trace = _trace(config, rows, n_alone, precision)
@@ -200,7 +202,7 @@ def estimate_memory(
         buffers += 4 * config.data.prefetch * rows * (seq_len + 1)
     gathered, (others, gradients, logits) = 0, trace.peak
     activations = others - logits
-    if mode == "single" and n_micro > 1 and rounds_once(config, device, precision):
+    if mode == "single" and alone.rounds_once:
         # Autocast, which is traced instead, holds as much until the backward pass.
         matrices = (p for p in trace.model.blocks.parameters() if p.ndim == 2)
         copies = precision.compute.itemsize * sum(p.numel() for p in matrices)
@@ -209,13 +211,13 @@ def estimate_memory(
     if mode in ("fsdp", "hsdp"):
         # On a CPU: what is gathered and when does not depend on the device.
         precision = replace(precision, device_type="cpu")
-        alone = _trace(config, rows, n_alone, precision)
+        unsharded = _trace(config, rows, n_alone, precision)
         with _pretended(config.distributed, n_ranks, mode) as world:
             trace = _trace(config, rows, min(n_micro, 2), precision, world)
             held, all_gradients, _, scratch = trace.sizes(config.optim, precision, n_ranks)
         state, parameters = state * held // parameters, held
         others, gradients, _ = trace.peak
-        gathered = max(0, others - alone.peak[0])
+        gathered = max(0, others - unsharded.peak[0])
     if all_gradients + scratch > gradients + activations + logits + gathered:  # in the update
         gradients, activations, logits, gathered = all_gradients, scratch, 0, 0
     return StepMemory(parameters, gradients, state, activations, logits, buffers, gathered)
@@ -275,14 +277,14 @@ def probe_step(config: TrainConfig, *, device: torch.device, memory: bool = True
     ``config`` has its vocabulary and micro-batch set. Measuring memory takes one more step.
     """
     seq_len = config.data.seq_len
-    rows, n_micro, *_ = step_shape(config.train, seq_len)
+    resolved = resolve(config, device)
+    rows, n_micro, *_ = resolved.shape
     assert config.model.vocab_size is not None
     # By default fork_rng takes every GPU of the machine, and warns where there are several.
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         model = Transformer(config.model, seq_len=seq_len).to(device)
-        precision = resolve_precision(config.run.dtype, device)
-        optimizers = build_optimizers(model, config.optim, precision.compute)
-        step = TrainStep(model, optimizers, config, device=device)
+        optimizers = build_optimizers(model, config.optim, resolved.precision.compute)
+        step = TrainStep(model, optimizers, resolved)
         ids = torch.randint(config.model.vocab_size, (rows, seq_len + 1), device=device)
     starts = None
     if not config.data.attention_across_documents:

@@ -9,8 +9,9 @@ from fasttrain.data.dataset import TokenDataset
 from fasttrain.data.order import LoaderOptions, Plan
 from fasttrain.data.prepare.sources import FEW_VAL_TOKENS
 from fasttrain.data.remote import in_gib, n_bytes
-from fasttrain.engine.schedule import n_steps, step_shape
+from fasttrain.engine.schedule import n_steps
 from fasttrain.model.transformer import Transformer
+from fasttrain.resolve import step_shape
 
 
 @dataclass

@@ -6,9 +6,9 @@ itself. Standard library only.
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 from fasttrain.config import LoopConfig, ScheduleConfig, refuse
+from fasttrain.resolve import StepShape
 
 
 def lr_at(
@@ -100,30 +100,6 @@ def context_at(step: int, total_steps: int, schedule: ScheduleConfig, seq_len: i
     most = max(round(fractions[now] * seq_len), 1)
     length = next(n for n in range(most, 0, -1) if seq_len % n == 0)
     return length if 2 * length >= most else seq_len
-
-
-class StepShape(NamedTuple):
-    """The size of a step."""
-
-    rows: int  # sequences of a micro-batch
-    n_micro: int  # micro-batches on each rank
-    samples: int  # sequences of all ranks
-    tokens: int  # of all ranks
-
-
-def step_shape(loop: LoopConfig, seq_len: int, n_ranks: int = 1) -> StepShape:
-    """Return how each of ``n_ranks`` makes a step of ``train.tokens_per_step``.
-
-    A rank takes the nearest number of whole sequences, and as many at a time as divide it, up to
-    ``train.micro_batch``, which may be ``auto``; the loss does not depend on that split.
-    """
-    rows, unit = loop.micro_batch, seq_len * n_ranks
-    samples = rows
-    if loop.tokens_per_step is not None:
-        samples = max((loop.tokens_per_step + unit // 2) // unit, 1)
-        most = samples if isinstance(rows, str) else min(rows, samples)
-        rows = next(n for n in range(most, 0, -1) if samples % n == 0)
-    return StepShape(rows, samples // rows, samples * n_ranks, samples * unit)
 
 
 def n_steps(loop: LoopConfig, step: StepShape, samples_per_epoch: int) -> int | None:

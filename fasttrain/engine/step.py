@@ -28,20 +28,14 @@ from torch.func import functional_call
 
 from fasttrain.config import TrainConfig, UserError
 from fasttrain.data.loader import IGNORE_INDEX, Batch
-from fasttrain.device import Precision, resolve_attention, resolve_precision
 from fasttrain.distributed.sharding import cut, replicate, set_gradient_sync, time_collectives
-from fasttrain.distributed.world import World, checksum
+from fasttrain.distributed.world import checksum
 from fasttrain.engine.optim import parameters_by_name, parameters_of, set_lr
-from fasttrain.engine.schedule import step_shape
 from fasttrain.engine.state import restore_rng, rng_state
 from fasttrain.log.timing import StepClock
-from fasttrain.model.runtime import (
-    compile_function,
-    multiply_in_fp8,
-    prepare_blocks,
-    resolve_compile,
-)
+from fasttrain.model.runtime import compile_function, multiply_in_fp8, prepare_blocks
 from fasttrain.model.transformer import Transformer
+from fasttrain.resolve import Resolved
 
 # The verdict on a step; all but the first make no update. An overflow is an fp16 gradient that a
 # smaller scale may still hold. TRANSIENT: a re-run disagreed once, then agreed. PERSISTENT: no two
@@ -75,17 +69,6 @@ def summed_loss(
         softcap=model.config.logit_softcap,
         scale=scale,
         **options,
-    )
-
-
-def rounds_once(config: TrainConfig, device: torch.device, precision: Precision) -> bool:
-    """Return whether one rank that accumulates has `TrainStep.copies` of our own model."""
-    return (
-        device.type == "cuda"
-        and resolve_compile(config, device) in ("default", "max-autotune-no-cudagraphs")
-        and precision.compute.itemsize == 2
-        and not config.run.fp8  # which would round twice
-        and config.train.activation_checkpointing == "none"  # which saves the memory of copies
     )
 
 
@@ -256,9 +239,10 @@ class TrainStep:
     """The numbers of a run that live on the device, and the step that changes them.
 
     Args:
+        resolved: the settings of the run, for its device and its ranks.
         criterion: of a custom model, which is compiled in there if at all; its batches have
             ``targets``. None: our Transformer's loss, compiled as ``run.compile`` says.
-        n_micro: micro-batches of a step; None: as the config says.
+        n_micro: micro-batches of a step; None: as the config says, which sets their size.
         ignore_index: the target that does not count.
         count: returns what the loss of a step is divided by, of one batch: a number where the host
             knows it, else a scalar on the device. None: the number of targets that count.
@@ -268,19 +252,19 @@ class TrainStep:
         self,
         model: nn.Module,
         optimizers: Sequence[torch.optim.Optimizer],
-        config: TrainConfig,
+        resolved: Resolved,
         *,
-        device: torch.device,
-        world: World | None = None,
         criterion: Criterion | None = None,
         n_micro: int | None = None,
         ignore_index: int = IGNORE_INDEX,
         count: Callable[[Any], Tensor | float] | None = None,
     ) -> None:
-        self.world = world = world or World()
+        config, device, world = resolved.config, resolved.device, resolved.world
+        precision, sharded, loop = resolved.precision, world.sharded, config.train
+        self.world = world
         self.model, self.optimizers = model, list(optimizers)
-        self.precision = precision = resolve_precision(config.run.dtype, device)
-        run, loop, sharded = config.run, config.train, world.sharded
+        self.precision = precision
+        self.attention = resolved.attention
         self.max_grad_norm, self.max_grad_value = loop.max_grad_norm, loop.max_grad_value
         self.ema = Ema(model, loop.ema_decay)
         self.before_update: Callable[[], None] = lambda: None  # until then nothing has changed
@@ -291,33 +275,17 @@ class TrainStep:
         self.criterion = criterion or default_criterion(config, scaled=precision.scaled)
         self.objective = nn.ModuleDict({"model": model})
         self.objective.forward = partial(self.criterion, model)
-        self.compile_mode = "off" if custom else resolve_compile(config, device)
+        # A custom model is compiled by itself, if at all: not with the loss
+        self.compile_mode = "off" if custom else resolved.compile_mode
         self.loss_fn: Callable[..., Tensor] = self._loss
-        self.n_micro = n_micro or step_shape(loop, config.data.seq_len, world.size).n_micro
-        accumulates, mode = self.n_micro > 1, self.compile_mode
-        captures = mode in ("cuda-graphs", "max-autotune")
-        if accumulates and captures and world.mode == "ddp":
-            other = "default" if mode == "cuda-graphs" else "max-autotune-no-cudagraphs"
-            raise UserError(
-                f"run.compile = {mode!r} does not accumulate gradients with distributed.mode = "
-                "'ddp'; raise train.micro_batch until one makes the step, or use "
-                f"run.compile={other}"
-            )
-        one_graph = mode == "cuda-graphs" or (custom and run.compile == "default")
-        if sharded and (one_graph or run.fp8):
-            raise UserError(
-                f"run.compile = {run.compile!r} with run.fp8 = {run.fp8} does not go with "
-                f"distributed.mode = {world.mode!r}; use distributed.mode=ddp, or run.compile="
-                f"{'off' if custom else 'auto'} and run.fp8=false"
-            )
-        if sharded and mode not in ("off", "c++"):
-            self.compile_mode = "blocks"  # a graph of everything cannot gather what it needs
-        self.attention = resolve_attention(run.attention, device, deterministic=run.deterministic)
+        self.n_micro = n_micro or resolved.shape.n_micro
+        accumulates = self.n_micro > 1
+        captures = self.compile_mode in ("cuda-graphs", "max-autotune")
         # Copies in half precision of parameters, by name, of which gradients are taken in place of
         # the parameters' own (`_round_once`)
         self.copies: dict[str, Tensor] = {}
         if isinstance(model, Transformer):
-            if run.fp8:
+            if config.run.fp8:
                 multiply_in_fp8(model, device)
             prepare_blocks(
                 model,
@@ -330,8 +298,7 @@ class TrainStep:
             bias = config.model.bias
             self.loss_fn = compile_function(self._loss, self.compile_mode, has_bias=bias)
         self._loss_of_rank = self.loss_fn  # on one rank: DDP's module calls it
-        alone = world.size == 1 and not custom
-        self._rounds_once = accumulates and alone and rounds_once(config, device, precision)
+        self._rounds_once = resolved.rounds_once and not custom
         # Gradients that are zeroed, not dropped. DDP's would lie beside its buckets until the last
         # micro-batch, and then in both; those of a CUDA graph in the graph's own pool, where the
         # next micro-batch overwrites them. A custom model may leave some parameters unused, which

@@ -16,24 +16,22 @@ from typing import Any, Literal
 import torch
 
 from fasttrain.checkpoint import Mirror
-from fasttrain.config import TrainConfig
 from fasttrain.data.dataset import TokenDataset
 from fasttrain.data.loader import Loader
-from fasttrain.device import resolve_device
 from fasttrain.distributed.lockstep import SUSPENDED_S, Lockstep, call_ranks
 from fasttrain.distributed.sharding import evaluating
-from fasttrain.distributed.world import World
 from fasttrain.engine.evaluation import evaluate
 from fasttrain.engine.faults import Recovery
 from fasttrain.engine.reporter import NOTHING, Reporter
 from fasttrain.engine.saving import Saver
-from fasttrain.engine.schedule import context_at, lr_at, n_plateaus, n_stale, n_steps, step_shape
+from fasttrain.engine.schedule import context_at, lr_at, n_plateaus, n_stale, n_steps
 from fasttrain.engine.state import RunState, StateGuard, restore_rng
 from fasttrain.engine.step import StepNumbers, TrainStep
 from fasttrain.log.console import Console
 from fasttrain.log.timing import StepProfiler
 from fasttrain.model.compiled import compile_cache_use, record_compiled
 from fasttrain.model.transformer import Transformer
+from fasttrain.resolve import Resolved
 
 # With train.hours the number of steps is estimated once, from the time that steps took up to here.
 HOURS_ESTIMATE_AT = 20
@@ -47,15 +45,15 @@ TaskScorer = Callable[[Transformer, Callable[[], bool]], dict[str, float] | None
 class Trainer:
     """Trains a model: steps, evaluation, samples, checkpoints and the log.
 
-    The loader gives micro-batches of as many rows as `step_shape` says; ``model`` is sharded where
-    the mode of ``world`` says so. ``recorded`` goes into each checkpoint's ``state.json``.
+    The loader gives micro-batches of ``resolved.shape.rows`` rows; ``model`` is sharded where the
+    mode of ``resolved.world`` says so. ``recorded`` goes into each checkpoint's ``state.json``.
     """
 
     def __init__(
         self,
         model: Transformer,
         optimizers: Sequence[torch.optim.Optimizer],
-        config: TrainConfig,
+        resolved: Resolved,
         *,
         train_loader: Loader,
         val_dataset: TokenDataset,
@@ -64,21 +62,23 @@ class Trainer:
         sampler: Sampler | None = None,
         score_tasks: TaskScorer | None = None,
         recorded: dict[str, Any] | None = None,
-        world: World | None = None,
         mirror: Mirror | None = None,
     ) -> None:
         # What is trained, on what, and where to
-        self.config, recorded = config, recorded or {}
-        self.world = world = world or World()
-        self.device = device = world.device(resolve_device(config.run.device))
+        config, device, world = resolved.config, resolved.device, resolved.world
+        recorded = recorded or {}
+        self.resolved = resolved
+        self.config = config
+        self.world = world
+        self.device = device
         self.model = model = model.to(device)
         self.console = console = console or NOTHING
         self.train_loader, self.val_dataset = train_loader, val_dataset
         self.sampler = sampler if world.leads or world.sharded else None
         self.score_tasks = score_tasks
-        self.train_step = step = TrainStep(model, optimizers, config, device=device, world=world)
+        self.train_step = step = TrainStep(model, optimizers, resolved)
         # The size of a step and of the run
-        shape = step_shape(config.train, config.data.seq_len, world.size)
+        shape = resolved.shape
         per_epoch, position = train_loader.samples_per_epoch, train_loader.position
         total_steps = n_steps(config.train, shape, per_epoch)
         self.state = state = RunState(shape.samples, total_steps, position, regular=position == 0)

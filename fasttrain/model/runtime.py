@@ -5,91 +5,20 @@ compute as well, and its backward pass computes the rest again, by the same oper
 numbers. Source: Chen et al. 2016, Training Deep Nets with Sublinear Memory Cost (arXiv:1604.06174).
 """
 
-import os
-import shutil
 from collections.abc import Callable
 from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
 import torch
-from fasttrain_kernels.cpu import compiler, computes_in, is_supported
-from fasttrain_kernels.cpu.blocks import KINDS, build, run_blocks_on_cpu
+from fasttrain_kernels.cpu.blocks import build, run_blocks_on_cpu
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from fasttrain.command import usable_cores
-from fasttrain.config import TrainConfig, UserError, refuse
-from fasttrain.data.files import cache_folder
-from fasttrain.device import keep_freed_memory, resolve_precision, set_threads
-from fasttrain.model.compiled import keep_compiled
+from fasttrain.config import UserError, refuse
 from fasttrain.model.transformer import Block, Transformer, run_block, run_blocks
-
-# Four layers, from a cold cache: 28 s as one graph against 17 s as one block, but steps 10 %
-# shorter (width 128, two Zen 3 cores that were not idle).
-MAX_LAYERS_OF_ONE_CPU_GRAPH = 6
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-
-def _has_cpp_compiler() -> bool:
-    return any(shutil.which(c) for c in (os.environ.get("CXX"), "g++", "clang++") if c)
-
-
-def why_unfit(config: TrainConfig) -> str | None:
-    """Return why `run_blocks_on_cpu` cannot train a config's model here; None where it can."""
-    model = config.model
-    if not is_supported():
-        lacks = f"this CPU has {torch.backends.cpu.get_cpu_capability()}"
-        if compiler() is None:
-            lacks = "no g++ or clang++ with OpenMP is on the PATH"
-        return f"C++ blocks need AVX2, AVX-512 or an ARM, and a compiler; {lacks}"
-    precision = resolve_precision(config.run.dtype, torch.device("cpu"))
-    if not computes_in(precision.compute):
-        return f"C++ blocks do not compute in {precision.name} on this CPU"
-    widths = (model.dim, model.hidden_dim or 16, model.head_dim or model.dim // model.n_heads)
-    window = model.sliding_window_tokens
-    wanted = {
-        "model widths that are no multiples of 16": any(n % 16 for n in widths),
-        f"model.mlp={model.mlp}": model.mlp not in KINDS,
-        "model.bias": model.bias,
-        "model.dropout": model.dropout > 0,
-        "model.residual_in_fp32=false": precision.name == "bf16" and not model.residual_in_fp32,
-        "model.sliding_window_tokens": window is not None and window < config.data.seq_len,
-        "data.attention_across_documents=false": not config.data.attention_across_documents,
-        "activation checkpointing": config.train.activation_checkpointing != "none",
-    }
-    return next((f"C++ blocks lack {key}" for key, is_wanted in wanted.items() if is_wanted), None)
-
-
-def resolve_compile(config: TrainConfig, device: torch.device) -> str:
-    """Return how a run compiles: ``off``, ``c++``, ``blocks``, or a mode of ``run.compile``.
-
-    ``c++`` is the block that is written in C++, on a CPU where it can run the config, and else
-    ``off``. ``auto`` compiles everything as one graph on CUDA. On a CPU it is ``c++`` where that
-    fits, built in seconds, and at most 3 % slower (see below); else, with a C++ compiler, one
-    graph up to `MAX_LAYERS_OF_ONE_CPU_GRAPH` layers, and beyond one block that is compiled once and
-    run for all: the time to compile then does not grow with the depth.
-
-    Whole steps, ms in C++, as one graph, and eager, on two cores of a Xeon with AMX (torch 2.13):
-    GPT-2 of 4 layers, 128 wide, in bf16 10.9, 14.2 and 35.3, in fp32 20.7, 22.8 and 26.3, held to
-    AVX2 28.0, 30.9 and 34.8; 4 layers 256 wide, V=4096, in bf16 83, 93 and 151, in fp32 241, 234
-    and 275, held to AVX2 329, 327 and 375.
-    """
-    mode, on_cpu = config.run.compile, device.type == "cpu"
-    in_cpp = on_cpu and why_unfit(config) is None
-    if mode == "c++" or (mode == "auto" and in_cpp):
-        return "c++" if in_cpp else "off"
-    if mode == "auto" and on_cpu:
-        shallow = config.model.n_layers <= MAX_LAYERS_OF_ONE_CPU_GRAPH
-        return ("default" if shallow else "blocks") if _has_cpp_compiler() else "off"
-    if on_cpu and mode != "off":
-        if not _has_cpp_compiler():
-            lacks = "needs a C++ compiler on a CPU and none is on the PATH"
-            refuse("run.compile", mode, f"{lacks}; install g++ or use run.compile=off")
-        if mode != "default":
-            refuse("run.compile", mode, "needs a CUDA device; use default, auto or off")
-    return "default" if mode == "auto" else mode
 
 
 def compiles_evaluation(device: torch.device) -> bool:
@@ -121,16 +50,6 @@ def compile_function(fn: Callable[P, R], mode: str, *, has_bias: bool = False) -
         "loop_ordering_after_fusion": has_bias,
     }
     return torch.compile(fn, fullgraph=True, dynamic=False, options=options)
-
-
-def prepare_process(config: TrainConfig, device: torch.device) -> None:
-    """Set threads, memory and the compiler's cache of this process for a run on ``device``."""
-    set_threads(config.run.threads, usable_cores())
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    else:
-        keep_freed_memory()
-    keep_compiled(cache_folder(config.data.cache_dir) / "compiled")
 
 
 # The operations whose results ``selective`` keeps: matrix products and attention.

@@ -22,7 +22,12 @@ from fasttrain_kernels.catalogue import Op, results
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fasttrain.device import resolve_attention, resolve_device, resolve_precision
+from fasttrain.device import (
+    resolve_attention,
+    resolve_device,
+    resolve_precision,
+    set_matmul_precision,
+)
 from fasttrain.engine.memory import device_memory
 from fasttrain.printing import say
 
@@ -95,6 +100,7 @@ def _step(kind: Callable[..., torch.optim.Optimizer], op: Op) -> Callable[[], ob
 def check_kernels(device: torch.device) -> Iterator[OpReport]:
     """Check and time each operation on ``device``, in the dtype that a run would use there."""
     auto = resolve_precision("auto", device)
+    set_matmul_precision(auto)
     for name, op in _ops(device, auto.name):
         dtype = torch.float32 if name == "adamw" else auto.compute
         truth = results(op.reference, op, torch.float64)

@@ -14,18 +14,17 @@ from fasttrain.config import TrainConfig, counted
 from fasttrain.data.format import absent
 from fasttrain.data.loader import Loader
 from fasttrain.data.order import LoaderOptions
-from fasttrain.device import resolve_device, resolve_precision
+from fasttrain.device import resolve_device
 from fasttrain.diagnosis import diagnose
 from fasttrain.distributed.world import preferred_mode
 from fasttrain.engine.memory import best_micro_batch, device_memory, estimate_memory, probe_step
 from fasttrain.engine.optim import build_optimizers, set_lr
 from fasttrain.engine.plan import RunPlan, warnings_at_start
-from fasttrain.engine.schedule import step_shape
 from fasttrain.log import metrics
 from fasttrain.log.console import format_duration
-from fasttrain.model.runtime import prepare_process, resolve_compile
 from fasttrain.model.transformer import Transformer
 from fasttrain.printing import say
+from fasttrain.resolve import apply, apply_numerics, resolve, step_shape
 from fasttrain.run.ending import describe
 from fasttrain.run.run import data_paths, open_splits
 
@@ -57,8 +56,9 @@ def preflight(
             say(f"{label:<12} {text}")
 
     device = resolve_device(config.run.device)
-    precision = resolve_precision(config.run.dtype, device)
-    prepare_process(config, device)
+    resolved = resolve(config, device)
+    precision = resolved.precision
+    apply(resolved)
 
     # The data, the micro-batch and the size of the run.
     vocab_size = config.model.vocab_size
@@ -125,7 +125,7 @@ def preflight(
         mfu = "n/a" if used is None else f"{used:.1%}"
         on_all = " on all" if n_ranks > 1 else ""
         speed = f"{tokens_per_s:,.0f} tokens/s{on_all}, {1000 * probed.step_s:,.0f} ms"
-        first = f"compile {resolve_compile(config, device)}, first step {probed.first_s:.1f} s"
+        first = f"compile {resolved.compile_mode}, first step {probed.first_s:.1f} s"
         tell("speed", f"{speed} a step, MFU {mfu} ({first})")
         if plan.steps is not None:
             seconds = plan.steps * probed.step_s
@@ -198,7 +198,9 @@ def warnings_of(
 def diagnose_run(config: TrainConfig) -> bool:
     """Run the checklist on the first batch of a run; return whether no line fails."""
     device = resolve_device(config.run.device)
-    precision = resolve_precision(config.run.dtype, device)
+    resolved = resolve(config, device)
+    precision = resolved.precision
+    apply_numerics(resolved)
     config, train, _ = open_splits(config, say)
     torch.manual_seed(config.run.seed)
     model = Transformer(config.model, seq_len=config.data.seq_len).to(device)

@@ -19,7 +19,6 @@ from fasttrain.engine.plan import RunPlan, warnings_at_start
 from fasttrain.engine.state import RunState
 from fasttrain.engine.trainer import Outcome, Trainer
 from fasttrain.log.console import Console, format_count, format_duration
-from fasttrain.model.runtime import why_unfit
 from fasttrain.model.transformer import Transformer
 from fasttrain.run.folder import RunFolder
 from fasttrain.run.signals import ECHO_S, end_at_once, stop_signals
@@ -133,7 +132,7 @@ def show_start(folder: RunFolder, trainer: Trainer) -> None:
     name = trainer.saver.recorded["provenance"]["device"]
     if trainer.device.type == "cpu":
         name += f" CPU, {counted(torch.get_num_threads(), 'thread')}"
-        if config.run.compile in ("auto", "c++") and (reason := why_unfit(config)):
+        if reason := trainer.resolved.why_not_cpp:
             compiled += f" ({reason})"
     if step.attention is not None:
         window = config.model.sliding_window_tokens or config.data.seq_len

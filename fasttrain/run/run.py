@@ -22,17 +22,16 @@ from fasttrain.data.loader import Loader
 from fasttrain.data.order import LoaderOptions
 from fasttrain.data.remote import ShardCache
 from fasttrain.data.tokenizer import encode, end_of_text_id, load_tokenizer
-from fasttrain.device import make_deterministic, resolve_device, resolve_precision
+from fasttrain.device import make_deterministic, resolve_device
 from fasttrain.distributed.lockstep import die_with_parent
 from fasttrain.distributed.sharding import cut, make_sharded
 from fasttrain.distributed.world import SharedError, World, choose_mode, facts_of_rank, start, stop
 from fasttrain.engine.optim import build_optimizers, state_bytes
-from fasttrain.engine.schedule import step_shape
 from fasttrain.engine.trainer import TaskScorer, Trainer
 from fasttrain.generate import beginnings, generate
 from fasttrain.log.sinks import check_packages
-from fasttrain.model.runtime import prepare_process, resolve_compile
 from fasttrain.model.transformer import Transformer
+from fasttrain.resolve import apply, resolve, resolve_compile, step_shape
 from fasttrain.run import resume as resuming
 from fasttrain.run.ending import show_start, train_to_end
 from fasttrain.run.folder import RunFolder, check_disk
@@ -76,8 +75,9 @@ def run(
             world, device = start(config.distributed, resolve_device(config.run.device))
             if world.size > 1:
                 die_with_parent()
-            prepare_process(config, device)
-            if resolve_compile(config, device) in ("off", "c++"):
+            resolved = resolve(config, device, world)
+            apply(resolved)
+            if resolved.compile_mode in ("off", "c++"):
                 spare_compiler()
             check_packages(config)
             # The run
@@ -168,7 +168,7 @@ def _build(
     if world.size > 1:  # before any collective that one of them may have reason to skip
         world.agree(facts_of_rank(config, recorded["data"], {"--stop-at-step": stop_at_step}))
     # What "auto" stands for, and whether the checkpoint may be continued
-    precision, state = resolve_precision(config.run.dtype, device), source.state if source else {}
+    state = source.state if source else {}
     if isinstance(rows := config.train.micro_batch, str):
         with world.failing_together():
             if source is not None:
@@ -213,17 +213,20 @@ def _build(
         model = make_sharded(make, world, config.distributed, device=device)
     else:
         model = make().to(device)
+    resolved = resolve(config, device, world)
     with world.failing_together():
         if (other_run := config.model.init_from) is not None and source is None:
             _, found = checkpoint.saved_parameters(Path(other_run))
             checkpoint.check_model(config, found, f"model.init_from = {other_run}")
             own = model.state_dict()
             model.load_state_dict({name: cut(tensor, own[name]) for name, tensor in found.items()})
-    optimizers = build_optimizers(model, config.optim, precision.compute)
+    optimizers = build_optimizers(model, config.optim, resolved.precision.compute)
     if world.rank:  # from here on each rank draws its own numbers, for dropout
         torch.manual_seed(config.run.seed + world.rank)
     # Room for checkpoints, samples, batches
-    order = LoaderOptions.of(config, micro_batch=shape.rows, rank=world.rank, world_size=world.size)
+    order = LoaderOptions.of(
+        config, micro_batch=resolved.shape.rows, rank=world.rank, world_size=world.size
+    )
     sampler = partial(_sample, config, tokenizer) if config.eval.prompts and tokenizer else None
     with world.failing_together():
         if world.leads:
@@ -236,12 +239,14 @@ def _build(
                 folder.mirror.put("config.toml", config_to_toml(config, redact).encode())
             if train.tokenizer_path is not None and folder.source is None:
                 write_atomically(run_dir / "tokenizer.json", train.tokenizer_path.read_bytes())
-        score_tasks = _task_scorer(config, tokenizer, folder.warn, precision=precision, world=world)
+        score_tasks = _task_scorer(
+            config, tokenizer, folder.warn, precision=resolved.precision, world=world
+        )
         loader = Loader(train, order, device=device, position=state.get("position", 0))
     trainer = Trainer(
         model,
         optimizers,
-        config,
+        resolved,
         train_loader=loader,
         val_dataset=val,
         run_dir=run_dir,
@@ -249,7 +254,6 @@ def _build(
         sampler=sampler,
         score_tasks=score_tasks,
         recorded=recorded,
-        world=world,
         mirror=folder.mirror,
     )
     if source is not None:

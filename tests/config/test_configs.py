@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fasttrain import hf
+from fasttrain import resolve as settings
 from fasttrain.config import (
     SECTIONS,
     ConfigError,
@@ -27,7 +28,6 @@ from fasttrain.device import resolve_precision
 from fasttrain.engine.optim import build_optimizers
 from fasttrain.engine.schedule import lr_at
 from fasttrain.generate import load_model
-from fasttrain.model import runtime
 from fasttrain.model.runtime import prepare_blocks
 from fasttrain.model.transformer import Transformer
 from fasttrain.train import main as train
@@ -118,13 +118,13 @@ def test_nor_is_a_way_of_batching_another_one(tmp_path: Path) -> None:
 def test_the_blocks_in_cpp_leave_an_activation_that_they_do_not_know_to_others(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(runtime, "is_supported", lambda: True)
-    monkeypatch.setattr(runtime, "computes_in", lambda _: True)
+    monkeypatch.setattr(settings, "is_supported", lambda: True)
+    monkeypatch.setattr(settings, "computes_in", lambda _: True)
     sizes = {"vocab_size": 64, "dim": 32, "n_layers": 1, "n_heads": 2}
     config = config_from_dict({"model": sizes, "data": {"path": "unused"}, "train": {"steps": 1}})
-    assert runtime.why_unfit(config) is None
+    assert settings.why_unfit(config) is None
     declared(config.model, "mlp")
-    assert runtime.why_unfit(config)
+    assert settings.why_unfit(config)
 
 
 def test_one_of_a_kind_is_not_told_as_many() -> None:

@@ -20,7 +20,7 @@ from fasttrain.distributed.world import (
     start,
 )
 from fasttrain.engine.plan import RunPlan, warnings_at_start
-from fasttrain.engine.schedule import step_shape
+from fasttrain.resolve import step_shape
 from fasttrain.run.folder import RunFolder
 from tests.support.toy import write_config
 

@@ -24,6 +24,7 @@ from fasttrain.engine.step import TrainStep
 from fasttrain.model.transformer import Transformer
 from fasttrain.preflight.__main__ import main as preflight_main
 from fasttrain.preflight.plan import scaling_lines, traffic
+from fasttrain.resolve import resolve
 from tests.support.ranks import once, run_script
 from tests.support.toy import write_config
 
@@ -59,7 +60,7 @@ def held_at_most(mode: str, n_micro: int) -> int:
     world = choose_mode(config.distributed, world, 0, CPU)
     shard(model, world, config.distributed)
     optimizers = build_optimizers(model, config.optim)
-    step = TrainStep(model, optimizers, config, device=CPU, world=world)
+    step = TrainStep(model, optimizers, resolve(config, CPU, world))
     ids = torch.zeros(ROWS, SEQ_LEN, dtype=torch.int64)
     batches = [Batch(ids, ids.clone(), None, 0)] * n_micro
     for _ in range(2):  # moments, and the buckets that DDP makes anew after its first step
@@ -185,13 +186,13 @@ def test_shards_compute_in_the_dtypes_of_one_rank(norm: str) -> None:
 
 def test_shards_are_compiled_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
     """One graph cannot gather what it needs."""
-    monkeypatch.setattr("fasttrain.model.runtime._has_cpp_compiler", lambda: True)
+    monkeypatch.setattr("fasttrain.resolve._has_cpp_compiler", lambda: True)
     config = config_of("fsdp", 1)
     config = replace(config, run=replace(config.run, compile="default"))
     with memory._pretended(config.distributed, 2, "fsdp") as world:
         model = Transformer(config.model, seq_len=SEQ_LEN)
         shard(model, world, config.distributed)
-        step = TrainStep(model, [], config, device=CPU, world=world)
+        step = TrainStep(model, [], resolve(config, CPU, world))
         assert step.compile_mode == "blocks"
 
 

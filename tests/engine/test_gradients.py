@@ -15,6 +15,7 @@ from fasttrain.config import config_from_dict
 from fasttrain.data.loader import Batch
 from fasttrain.engine import step as step_module
 from fasttrain.engine.step import EMPTY, FINE, TrainStep
+from fasttrain.resolve import resolve
 from tests.engine.test_step import (
     IGNORE_INDEX,
     Recorder,
@@ -51,10 +52,8 @@ def custom_step(
         "train": {"steps": 9, "max_grad_norm": None, **train},
     }
     config = config_from_dict(sections)
-    device = torch.device("cpu")
-    return TrainStep(
-        model, [optimizer], config, device=device, criterion=custom_loss, n_micro=n_micro
-    )
+    resolved = resolve(config, torch.device("cpu"), is_custom=True)
+    return TrainStep(model, [optimizer], resolved, criterion=custom_loss, n_micro=n_micro)
 
 
 def toy() -> nn.Sequential:
@@ -326,7 +325,7 @@ def test_a_step_has_the_same_bits_in_any_default_dtype(default: torch.dtype) -> 
             }
         )
         device = torch.device("cpu")
-        step = TrainStep(model.model, model.optimizers, config, device=device)
+        step = TrainStep(model.model, model.optimizers, resolve(config, device))
         actual = run()
     finally:
         torch.set_default_dtype(torch.float32)

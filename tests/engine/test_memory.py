@@ -10,8 +10,9 @@ from fasttrain.config import TrainConfig, config_from_dict
 from fasttrain.engine import memory
 from fasttrain.engine.memory import device_memory, estimate_memory, measure_peak, probe_step
 from fasttrain.engine.optim import build_optimizers
-from fasttrain.engine.step import TrainStep, rounds_once
+from fasttrain.engine.step import TrainStep
 from fasttrain.model.transformer import Transformer
+from fasttrain.resolve import Resolved, resolve
 
 CPU = torch.device("cpu")
 SHAPE = {"vocab_size": 2048, "dim": 64, "n_layers": 3, "n_heads": 4}
@@ -85,12 +86,15 @@ def test_matrices_rounded_once_a_step_are_counted(
     config = config_of({"dim": dim}, run=run, train=train, data={"seq_len": seq_len})
     eager = replace(config, run=replace(config.run, compile="off"))
     cuda = torch.device("cuda")  # whose fake tensors need a torch that is built for it
-    monkeypatch.setattr(
-        memory, "rounds_once", lambda c, _, precision: rounds_once(c, cuda, precision)
-    )
+
+    def resolve_as_on_a_gpu(config: TrainConfig, device: torch.device) -> Resolved:
+        on_gpu = replace(config, run=replace(config.run, device="cuda", attention="flash"))
+        return replace(resolve(config, device), rounds_once=resolve(on_gpu, cuda).rounds_once)
+
+    monkeypatch.setattr(memory, "resolve", resolve_as_on_a_gpu)
     ours, plain = (estimate_memory(c, device=CPU) for c in (config, eager))
     model = Transformer(config.model, seq_len=seq_len)
-    step = TrainStep(model, build_optimizers(model, config.optim), eager, device=CPU)
+    step = TrainStep(model, build_optimizers(model, config.optim), resolve(eager, CPU))
     step._round_once()
     copies = sum(copy.nbytes for copy in step.copies.values())
     assert ours.buffers - plain.buffers == copies > 0

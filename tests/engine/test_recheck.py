@@ -18,6 +18,7 @@ from fasttrain.engine.saving import collect
 from fasttrain.engine.step import FINE, PERSISTENT, TRANSIENT, TrainStep
 from fasttrain.engine.trainer import Trainer
 from fasttrain.model.transformer import Transformer
+from fasttrain.resolve import resolve
 from tests.support import toy_trainer
 from tests.support.toy import write_config
 from tests.support.toy_trainer import digest, rows
@@ -40,7 +41,7 @@ def make(optimizer: str = "adamw") -> TrainStep:
     model = Transformer(config.model, seq_len=12).train()
     precision = resolve_precision("fp32", CPU)
     optimizers = build_optimizers(model, config.optim, precision.compute)
-    return TrainStep(model, optimizers, config, device=CPU)
+    return TrainStep(model, optimizers, resolve(config, CPU))
 
 
 def batches() -> list[Batch]:

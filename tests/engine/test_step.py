@@ -13,6 +13,7 @@ from functorch.compile import make_boxed_func
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fasttrain import resolve as settings
 from fasttrain.config import TrainConfig, config_from_dict
 from fasttrain.data.loader import Batch
 from fasttrain.device import resolve_precision
@@ -30,6 +31,7 @@ from fasttrain.engine.step import (
     TrainStep,
 )
 from fasttrain.model.transformer import Transformer, run_block, run_blocks
+from fasttrain.resolve import resolve
 
 CPU = torch.device("cpu")
 SMALL = {
@@ -53,7 +55,7 @@ def make(
     model = Transformer(config.model, seq_len=config.data.seq_len)
     precision = resolve_precision(dtype, CPU)
     optimizers = build_optimizers(model, config.optim, precision.compute)
-    return TrainStep(model, optimizers, config, device=CPU)
+    return TrainStep(model, optimizers, resolve(config, CPU))
 
 
 def make_batch(tokens: Tensor, targets: Tensor) -> Batch:
@@ -443,7 +445,7 @@ def test_gradients_of_cuda_graphs_accumulate_in_buffers_outside_their_pool(
 ) -> None:
     batches, more = split(uneven_rows(), 4), {"micro_batch": 2, "tokens_per_step": 96}
     expected = gradients(make(**more), batches)
-    monkeypatch.setattr(step_module, "resolve_compile", lambda config, device: "cuda-graphs")
+    monkeypatch.setattr(settings, "resolve_compile", lambda config, device: "cuda-graphs")
     monkeypatch.setattr(step_module, "compile_function", lambda fn, mode, **_: fn)
     step = make(**more)
     pool, loss_fn = [torch.empty_like(p) for p in step.parameters], step.loss_fn
@@ -475,8 +477,7 @@ def test_one_compiled_block_serves_all_layers_and_computes_the_same() -> None:
         step = TrainStep(
             model,
             build_optimizers(model, config.optim, precision.compute),
-            config,
-            device=CPU,
+            resolve(config, CPU),
         )
         if mode == "blocks":
             run = torch.compile(run_block, fullgraph=True, dynamic=False, backend="aot_eager")

@@ -14,13 +14,15 @@ from fasttrain_kernels.cpu.blocks import run_blocks_on_cpu
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from fasttrain import resolve as settings
 from fasttrain.config import ModelConfig, TrainConfig, UserError, config_from_dict
 from fasttrain.data.loader import Batch
 from fasttrain.engine.optim import build_optimizers
 from fasttrain.engine.step import TrainStep
 from fasttrain.model import runtime
-from fasttrain.model.runtime import prepare_blocks, resolve_compile, why_unfit
+from fasttrain.model.runtime import prepare_blocks
 from fasttrain.model.transformer import Transformer, run_blocks
+from fasttrain.resolve import resolve, resolve_compile, why_unfit
 
 CPU = torch.device("cpu")
 BASE = {"mlp": "relu2", "qk_norm": True, "value_embeddings": True}
@@ -218,19 +220,19 @@ def config_of(**sections: dict[str, Any]) -> TrainConfig:
 def test_what_it_cannot_do_is_left_to_others(
     monkeypatch: pytest.MonkeyPatch, sections: dict[str, dict[str, Any]]
 ) -> None:
-    monkeypatch.setattr(runtime, "is_supported", lambda: True)
-    monkeypatch.setattr(runtime, "computes_in", lambda dtype: dtype != torch.float16)
+    monkeypatch.setattr(settings, "is_supported", lambda: True)
+    monkeypatch.setattr(settings, "computes_in", lambda dtype: dtype != torch.float16)
     assert why_unfit(config_of()) is None
     assert resolve_compile(config_of(run={"compile": "c++"}), CPU) == "c++"
     assert str(why_unfit(config_of(**sections))).startswith("C++ blocks ")
-    monkeypatch.setattr(runtime, "is_supported", lambda: False)
+    monkeypatch.setattr(settings, "is_supported", lambda: False)
     assert why_unfit(config_of())
 
 
 def test_with_products_in_fp32_they_need_not_keep_the_residual_stream_in_bf16(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(runtime, "is_supported", lambda: True)
+    monkeypatch.setattr(settings, "is_supported", lambda: True)
     monkeypatch.setattr("fasttrain.device.native_bf16", lambda _: False)
     assert why_unfit(config_of(model={"residual_in_fp32": False})) is None
 
@@ -239,8 +241,8 @@ def test_with_products_in_fp32_they_need_not_keep_the_residual_stream_in_bf16(
 def test_the_reason_names_what_this_machine_has(
     monkeypatch: pytest.MonkeyPatch, compiler: str | None
 ) -> None:
-    monkeypatch.setattr(runtime, "is_supported", lambda: False)
-    monkeypatch.setattr(runtime, "compiler", lambda: compiler)
+    monkeypatch.setattr(settings, "is_supported", lambda: False)
+    monkeypatch.setattr(settings, "compiler", lambda: compiler)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "ZVECTOR")
     lacks = "this CPU has ZVECTOR" if compiler else "no g++ or clang++ with OpenMP is on the PATH"
     reason = "C++ blocks need AVX2, AVX-512 or an ARM, and a compiler; "
@@ -252,7 +254,7 @@ def train(compile: str, model_options: dict[str, Any]) -> tuple[list[float], lis
     torch.manual_seed(0)
     model = Transformer(config.model, seq_len=32)
     optimizers = build_optimizers(model, config.optim)
-    step = TrainStep(model, optimizers, config, device=CPU)
+    step = TrainStep(model, optimizers, resolve(config, CPU))
     assert step.compile_mode == ("off" if compile == "off" else "c++")
     ids = torch.randint(64, (4, 33), generator=torch.Generator().manual_seed(1))
     tokens, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()

@@ -13,6 +13,7 @@ from fasttrain.engine.optim import build_optimizers
 from fasttrain.engine.step import TrainStep
 from fasttrain.model.runtime import multiply_in_fp8
 from fasttrain.model.transformer import Transformer
+from fasttrain.resolve import resolve
 from fasttrain.train import main
 from tests.support.toy import write_config
 
@@ -113,7 +114,7 @@ def test_steps_in_fp8_learn_as_those_in_full_precision() -> None:
         if kind == "fp8":
             multiply_in_fp8(model, CPU, emulate=True)
         optimizers = build_optimizers(model, CONFIG.optim)
-        step = TrainStep(model, optimizers, CONFIG, device=CPU)
+        step = TrainStep(model, optimizers, resolve(CONFIG, CPU))
         losses[kind] = []
         for _ in range(20):
             step([batch], 3e-3)
@@ -126,7 +127,7 @@ def test_steps_in_fp8_learn_as_those_in_full_precision() -> None:
 def test_a_step_asked_for_fp8_does_not_run_without() -> None:
     config = replace(CONFIG, run=replace(CONFIG.run, fp8=True, **COMPILED))
     with pytest.raises(UserError, match="Hopper"):
-        TrainStep(make_model(), [], config, device=CPU)
+        TrainStep(make_model(), [], resolve(config, CPU))
 
 
 def test_the_trainer_refuses_before_it_trains(

@@ -12,14 +12,19 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from fasttrain import device as device_module
+from fasttrain import resolve as settings
 from fasttrain.command import usable_cores
 from fasttrain.config import UserError, config_from_dict
-from fasttrain.device import CoreWatch, resolve_attention, resolve_device, resolve_precision
+from fasttrain.device import (
+    CoreWatch,
+    prefer_attention_kernel,
+    resolve_attention,
+    resolve_device,
+    resolve_precision,
+)
 from fasttrain.distributed.world import World
-from fasttrain.engine.step import TrainStep
-from fasttrain.model import runtime
-from fasttrain.model.runtime import compile_function, resolve_compile
-from fasttrain.model.transformer import Transformer
+from fasttrain.model.runtime import compile_function
+from fasttrain.resolve import resolve, resolve_compile
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -75,10 +80,10 @@ def test_the_kernel_of_attention_goes_by_the_gpu(
     firsts = {"flash": "FLASH_ATTENTION", "cudnn": "CUDNN_ATTENTION"}
     for name, chosen in {"cudnn": "cudnn", "flash": "flash", "auto": auto}.items():
         assert resolve_attention(name, CUDA, deterministic=False) == chosen
+        prefer_attention_kernel(chosen)
         assert order()[0] == firsts[chosen]
         assert {*firsts.values(), "EFFICIENT_ATTENTION", "MATH"} < {*order()}  # for other shapes
     assert resolve_attention("auto", CUDA, deterministic=True) == "flash"
-    assert order()[0] == "FLASH_ATTENTION"
 
 
 def test_a_kernel_that_cannot_be_had_is_refused(order: Callable[[], list[str]]) -> None:
@@ -88,7 +93,7 @@ def test_a_kernel_that_cannot_be_had_is_refused(order: Callable[[], list[str]]) 
     with pytest.raises(
         UserError, match=r'"fa3" cannot .*flash_attn_interface.*hopper.*or use auto'
     ):
-        resolve_attention("fa3", CUDA, deterministic=False)
+        prefer_attention_kernel(resolve_attention("fa3", CUDA, deterministic=False))
     for run, remedy in (
         ({"attention": "cudnn", "deterministic": True}, "use run.attention=flash or auto"),
         ({"attention": "flash", "device": "cpu"}, "use auto or run.device=cuda"),
@@ -104,21 +109,21 @@ def compile_mode(device: torch.device, n_layers: int = 4, compile: str = "auto")
 
 
 def test_how_a_run_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtime, "_has_cpp_compiler", lambda: True)
-    monkeypatch.setattr(runtime, "why_unfit", lambda config: None)
+    monkeypatch.setattr(settings, "_has_cpp_compiler", lambda: True)
+    monkeypatch.setattr(settings, "why_unfit", lambda config: None)
     assert compile_mode(CPU) == compile_mode(CPU, 40) == "c++"
     assert compile_mode(CUDA, 40) == "default"
     assert compile_mode(CPU, compile="default") == "default"
     assert compile_mode(CPU, compile="off") == "off"
     assert compile_mode(CPU, compile="c++") == "c++"
     assert compile_mode(CUDA, compile="c++") == "off"
-    monkeypatch.setattr(runtime, "why_unfit", lambda config: "g++ is missing")
+    monkeypatch.setattr(settings, "why_unfit", lambda config: "g++ is missing")
     assert compile_mode(CPU) == "default"
     assert compile_mode(CPU, compile="c++") == "off"
     assert compile_mode(CPU, 40) == "blocks"
     with pytest.raises(UserError, match="needs a CUDA device"):
         compile_mode(CPU, compile="max-autotune")
-    monkeypatch.setattr(runtime, "_has_cpp_compiler", lambda: False)
+    monkeypatch.setattr(settings, "_has_cpp_compiler", lambda: False)
     assert compile_mode(CPU) == "off"
     with pytest.raises(UserError, match=r"C\+\+ compiler"):
         compile_mode(CPU, compile="default")
@@ -137,9 +142,8 @@ def test_graphs_do_not_accumulate_gradients_that_ddp_holds(mode: str, remedy: st
             "train": {"steps": 1, "micro_batch": 2, "tokens_per_step": 64},
         }
     )
-    model = Transformer(config.model, seq_len=8)
     with pytest.raises(UserError, match=f"does not accumulate.*'ddp'.*run.compile={remedy}$"):
-        TrainStep(model, [], config, device=CUDA, world=World(size=2, mode="ddp"))
+        resolve(config, CUDA, World(size=2, mode="ddp"))
 
 
 def test_autotuning_goes_without_cuda_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,6 +169,8 @@ def run_python(program: str, **env: str) -> list[float]:
 def test_a_process_beside_another_on_one_core_waits_for_it() -> None:
     ran, waited = run_python("""
 from fasttrain.device import core_seconds
+from fasttrain import resolve as settings
+from fasttrain.resolve import resolve, resolve_compile
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 busy = subprocess.Popen([sys.executable, "-c", "while 1: pass"])
 before, end = core_seconds(), time.monotonic() + 2

@@ -23,7 +23,7 @@ FLOORS = [
     {"data", "device", "command"},
     {"model", "log", "data.prepare"},
     {"distributed", "report", "corpus"},
-    {"checkpoint"},
+    {"checkpoint", "resolve"},
     {"engine", "generate"},
     {"harness"},
     {"run", "hf", "objective", "library_state"},

@@ -17,10 +17,12 @@ from fasttrain.config import TrainConfig
 from fasttrain.data.format import open_dataset
 from fasttrain.data.loader import Loader
 from fasttrain.data.order import LoaderOptions
+from fasttrain.device import resolve_device
 from fasttrain.engine.optim import build_optimizers
 from fasttrain.engine.saving import collect
 from fasttrain.engine.trainer import Trainer
 from fasttrain.model.transformer import Transformer
+from fasttrain.resolve import resolve
 
 number = itertools.count()  # of runs without a folder of their own
 opened: Any = deque(maxlen=0)  # where tests/engine collects trainers to be closed
@@ -44,7 +46,7 @@ def build(
     trainer = Trainer(
         model,
         build_optimizers(model, config.optim),
-        config,
+        resolve(config, resolve_device(config.run.device)),
         train_loader=Loader(
             train,
             LoaderOptions.of(config, micro_batch=config.train.micro_batch),

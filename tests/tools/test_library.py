@@ -556,7 +556,7 @@ def test_an_index_outside_a_table_names_both_and_nothing_else_is_refused() -> No
 def test_to_look_at_ids_does_not_compile_a_model_twice(
     by: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fasttrain.model.runtime._has_cpp_compiler", lambda: True)
+    monkeypatch.setattr("fasttrain.resolve._has_cpp_compiler", lambda: True)
     compiled = Mock(side_effect=lambda graph, inputs: graph.forward)
     if by == "trainer":
         monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=compiled))
@@ -626,7 +626,7 @@ def test_the_keys_that_are_said_to_be_obeyed_are_those_that_are_read(
 def test_a_compiled_model_learns_and_is_saved_like_any(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fasttrain.model.runtime._has_cpp_compiler", lambda: True)
+    monkeypatch.setattr("fasttrain.resolve._has_cpp_compiler", lambda: True)
     # The tracing is real, the C++ left out.
     traced = Mock(side_effect=partial(torch.compile, backend="eager"))
     monkeypatch.setattr(torch, "compile", traced)

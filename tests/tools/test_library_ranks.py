@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from fasttrain import Trainer, Transformer, train_loop
 from fasttrain.config import ModelConfig, UserError
-from fasttrain.model import runtime
+from fasttrain import resolve as settings
 
 torch.set_num_threads(1)
 rank, size = (int(os.environ.get(k, n)) for k, n in (("RANK", 0), ("WORLD_SIZE", 1)))
@@ -152,7 +152,7 @@ if size > 1:
     again.train(loader(24, 4))
     found["again"] = [again.run_dir.name, again.writer.folder.parent.name]
     refused(lambda: other.load_checkpoint(kept), "accumulate")
-    runtime._has_cpp_compiler = lambda: True
+    settings._has_cpp_compiler = lambda: True
     compiled = {"run": {"device": "cpu", "compile": "default"}}
     refused(lambda: made(None, Toy, "fsdp", **compiled), "does not go with distributed.mode")
     refused(lambda: trainer.load_checkpoint(folder / "toy-single-1"), "ranks: 1 → 2")
