@@ -58,7 +58,7 @@ from fasttrain.log.sinks import Kind, Sinks, check_packages
 from fasttrain.model.transformer import Transformer
 from fasttrain.objective import Criterion, Objective, together, without_compiler
 from fasttrain.printing import say
-from fasttrain.resolve import apply_numerics, resolve
+from fasttrain.resolve import apply_numerics, resolve_custom
 from fasttrain.run.folder import (
     holds_run,
     lock_run_dir,
@@ -361,7 +361,7 @@ class Trainer:
             make_deterministic()
         self.world, self.device = place(model, optimizer, config)
         self.made_by = provenance(self.device)
-        resolved = resolve(config, self.device, self.world, is_custom=True)
+        resolved = resolve_custom(config, self.device, self.world)
         apply_numerics(resolved)
         self.objective = Objective(model, criterion, resolved)
         self.model = model = without_compiler(model)

@@ -71,7 +71,7 @@ class Resolved:
         compile_mode: How forward and backward run: ``off``; ``c++``, blocks written in C++;
             ``blocks``, one compiled block for all; or a mode of ``run.compile``, one graph.
         attention: The kernel of SDPA that is tried first; None on a CPU.
-        shape: The size of a step.
+        shape: The size of a step; None for a model of the user's own.
         why_not_cpp: Why ``run.compile`` does not take the blocks in C++ on a CPU; None: it does, or
             names something else.
         rounds_once: Whether a step of several micro-batches rounds the matrices of the blocks to
@@ -84,71 +84,87 @@ class Resolved:
     precision: Precision
     compile_mode: str
     attention: str | None
-    shape: StepShape
+    shape: StepShape | None
     why_not_cpp: str | None
     rounds_once: bool
 
 
-def resolve(
-    config: TrainConfig,
-    device: torch.device,
-    world: World | None = None,
-    *,
-    is_custom: bool = False,
-) -> Resolved:
-    """Decide what ``config`` leaves open; nothing is changed.
+def resolve(config: TrainConfig, device: torch.device, world: World | None = None) -> Resolved:
+    """Decide what ``config`` leaves open, for our Transformer; nothing is changed.
 
     Args:
         config: The settings; ``train.micro_batch`` may be ``auto`` only where no step is made.
         device: What `fasttrain.device.resolve_device` returned.
         world: The ranks, whose mode is chosen. Default: this process alone.
-        is_custom: The model is the user's own. It is compiled only if ``run.compile`` asks for it.
 
     Raises:
         UserError: Settings do not go together, or the machine lacks what one needs.
     """
     world = world or World()
-    precision = resolve_precision(config.run.dtype, device)
+    run = config.run
+    precision = resolve_precision(run.dtype, device)
     mode = resolve_compile(config, device)
     shape = step_shape(config.train, config.data.seq_len, world.size)
-    if is_custom:
-        mode = "off" if config.run.compile in ("auto", "c++") else mode
-        one_graph = config.run.compile == "default"
-    else:
-        one_graph = mode == "cuda-graphs"
-        _refuse_accumulation_in_graphs(mode, shape, world)
-    if world.sharded and (one_graph or config.run.fp8):
-        remedy = f"run.compile={'off' if is_custom else 'auto'} and run.fp8=false"
-        raise UserError(
-            f"run.compile = {config.run.compile!r} with run.fp8 = {config.run.fp8} does not go "
-            f"with distributed.mode = {world.mode!r}; use distributed.mode=ddp, or {remedy}"
-        )
-    if world.sharded and not is_custom and mode not in ("off", "c++"):
+    _refuse_accumulation_in_graphs(mode, shape, world)
+    _refuse_sharded(config, world, one_graph=mode == "cuda-graphs", remedy="auto")
+    if world.sharded and mode not in ("off", "c++"):
         mode = "blocks"  # a graph of everything cannot gather what it needs
     rounds_once = (
-        not is_custom
-        and world.size == 1
+        world.size == 1
         and shape.n_micro > 1
         and device.type == "cuda"
         and mode in ("default", "max-autotune-no-cudagraphs")
         and precision.compute.itemsize == 2
-        and not config.run.fp8  # which would round twice
+        and not run.fp8  # which would round twice
         and config.train.activation_checkpointing == "none"  # which saves the memory of copies
     )
-    asks_for_cpp = device.type == "cpu" and config.run.compile in ("auto", "c++")
+    asks_for_cpp = device.type == "cpu" and run.compile in ("auto", "c++")
     return Resolved(
         config=config,
         device=device,
         world=world,
         precision=precision,
         compile_mode=mode,
-        attention=resolve_attention(
-            config.run.attention, device, deterministic=config.run.deterministic
-        ),
+        attention=resolve_attention(run.attention, device, deterministic=run.deterministic),
         shape=shape,
         why_not_cpp=why_unfit(config) if asks_for_cpp else None,
         rounds_once=rounds_once,
     )
+
+
+def resolve_custom(config: TrainConfig, device: torch.device, world: World) -> Resolved:
+    """Decide the same for a model of the user's own, of which the config says nothing.
+
+    It is compiled, as one graph, only if ``run.compile`` asks for that: compiling pays after a
+    minute, and a model of any kind may not compile.
+
+    Raises:
+        UserError: As `resolve` does.
+    """
+    run = config.run
+    asks = run.compile not in ("auto", "c++", "off")
+    _refuse_sharded(config, world, one_graph=run.compile == "default", remedy="off")
+    return Resolved(
+        config=config,
+        device=device,
+        world=world,
+        precision=resolve_precision(run.dtype, device),
+        compile_mode=resolve_compile(config, device) if asks else "off",
+        attention=resolve_attention(run.attention, device, deterministic=run.deterministic),
+        shape=None,
+        why_not_cpp=None,
+        rounds_once=False,
+    )
+
+
+def _refuse_sharded(config: TrainConfig, world: World, *, one_graph: bool, remedy: str) -> None:
+    run = config.run
+    if world.sharded and (one_graph or run.fp8):
+        raise UserError(
+            f"run.compile = {run.compile!r} with run.fp8 = {run.fp8} does not go with "
+            f"distributed.mode = {world.mode!r}; use distributed.mode=ddp, or "
+            f"run.compile={remedy} and run.fp8=false"
+        )
 
 
 def _refuse_accumulation_in_graphs(mode: str, shape: StepShape, world: World) -> None:
@@ -201,8 +217,8 @@ def resolve_compile(config: TrainConfig, device: torch.device) -> str:
     and 275, held to AVX2 329, 327 and 375.
     """
     mode, on_cpu = config.run.compile, device.type == "cpu"
-    in_cpp = on_cpu and why_unfit(config) is None
-    if mode == "c++" or (mode == "auto" and in_cpp):
+    in_cpp = mode in ("auto", "c++") and on_cpu and why_unfit(config) is None
+    if mode == "c++" or in_cpp:
         return "c++" if in_cpp else "off"
     if mode == "auto" and on_cpu:
         shallow = config.model.n_layers <= MAX_LAYERS_OF_ONE_CPU_GRAPH

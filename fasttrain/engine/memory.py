@@ -278,7 +278,7 @@ def probe_step(config: TrainConfig, *, device: torch.device, memory: bool = True
     """
     seq_len = config.data.seq_len
     resolved = resolve(config, device)
-    rows, n_micro, *_ = resolved.shape
+    rows, n_micro, *_ = step_shape(config.train, seq_len)
     assert config.model.vocab_size is not None
     # By default fork_rng takes every GPU of the machine, and warns where there are several.
     with torch.random.fork_rng([device] if device.type == "cuda" else []):

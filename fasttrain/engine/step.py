@@ -242,7 +242,7 @@ class TrainStep:
         resolved: the settings of the run, for its device and its ranks.
         criterion: of a custom model, which is compiled in there if at all; its batches have
             ``targets``. None: our Transformer's loss, compiled as ``run.compile`` says.
-        n_micro: micro-batches of a step; None: as the config says, which sets their size.
+        n_micro: micro-batches of a step, of a custom model; None: as the config says.
         ignore_index: the target that does not count.
         count: returns what the loss of a step is divided by, of one batch: a number where the host
             knows it, else a scalar on the device. None: the number of targets that count.
@@ -278,7 +278,10 @@ class TrainStep:
         # A custom model is compiled by itself, if at all: not with the loss
         self.compile_mode = "off" if custom else resolved.compile_mode
         self.loss_fn: Callable[..., Tensor] = self._loss
-        self.n_micro = n_micro or resolved.shape.n_micro
+        if n_micro is None:
+            assert resolved.shape is not None
+            n_micro = resolved.shape.n_micro
+        self.n_micro = n_micro
         accumulates = self.n_micro > 1
         captures = self.compile_mode in ("cuda-graphs", "max-autotune")
         # Copies in half precision of parameters, by name, of which gradients are taken in place of

@@ -79,6 +79,7 @@ class Trainer:
         self.train_step = step = TrainStep(model, optimizers, resolved)
         # The size of a step and of the run
         shape = resolved.shape
+        assert shape is not None
         per_epoch, position = train_loader.samples_per_epoch, train_loader.position
         total_steps = n_steps(config.train, shape, per_epoch)
         self.state = state = RunState(shape.samples, total_steps, position, regular=position == 0)

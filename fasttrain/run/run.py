@@ -224,9 +224,7 @@ def _build(
     if world.rank:  # from here on each rank draws its own numbers, for dropout
         torch.manual_seed(config.run.seed + world.rank)
     # Room for checkpoints, samples, batches
-    order = LoaderOptions.of(
-        config, micro_batch=resolved.shape.rows, rank=world.rank, world_size=world.size
-    )
+    order = LoaderOptions.of(config, micro_batch=shape.rows, rank=world.rank, world_size=world.size)
     sampler = partial(_sample, config, tokenizer) if config.eval.prompts and tokenizer else None
     with world.failing_together():
         if world.leads:

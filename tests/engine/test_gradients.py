@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from fasttrain.config import config_from_dict
 from fasttrain.data.loader import Batch
+from fasttrain.distributed.world import World
 from fasttrain.engine import step as step_module
 from fasttrain.engine.step import EMPTY, FINE, TrainStep
-from fasttrain.resolve import resolve
+from fasttrain.resolve import resolve, resolve_custom
 from tests.engine.test_step import (
     IGNORE_INDEX,
     Recorder,
@@ -52,7 +53,7 @@ def custom_step(
         "train": {"steps": 9, "max_grad_norm": None, **train},
     }
     config = config_from_dict(sections)
-    resolved = resolve(config, torch.device("cpu"), is_custom=True)
+    resolved = resolve_custom(config, torch.device("cpu"), World())
     return TrainStep(model, [optimizer], resolved, criterion=custom_loss, n_micro=n_micro)
 
 
