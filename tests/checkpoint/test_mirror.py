@@ -507,7 +507,8 @@ def test_R4_killed_during_an_upload_and_resumed_on_another_machine(
     report: dict[str, Any] = json.loads(result.stdout)
     assert report["differences"] == []
     assert report["killed"] >= min(len(points), 30)
-    assert 0 < report["from_nothing"] == report["killed"] - len(report["fetched"]) < 12
+    # The manifest of the first copy is the 14th change: folders, records, and its six other files.
+    assert 0 < report["from_nothing"] == report["killed"] - len(report["fetched"]) <= 14
 
 
 def test_a_mirror_that_cannot_be_reached_is_never_taken_for_an_empty_one(tmp_path: Path) -> None:

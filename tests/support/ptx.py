@@ -358,6 +358,11 @@ class Machine:
                 return
             if out[0] in "su" and kind[0] == "f":
                 function = next(ROUNDINGS[mode] for mode in opcode if mode in ROUNDINGS)
+        elif root == "setp" and kind.endswith("x2"):  # p|q: of the lower and the upper half
+            halves = compare(opcode[1], *(self.get(name, kind) for name in operands))
+            for name, half in zip(to.split("|"), halves, strict=True):
+                self.put(name, half, mask)
+            return
         elif root == "setp":
             function, out = partial(compare, opcode[1]), "pred"
         elif root == "selp":
