@@ -93,7 +93,7 @@ def test_an_override_replaces_what_the_file_says_in_another_key(config_file):
     assert (loop.steps, loop.epochs) == (None, 1.0)
     data = load_config(config_file, ['data.paths=["a", "b"]']).data
     assert (data.path, data.paths) == (None, ("a", "b"))
-    with pytest.raises(ConfigError, match=r"data\.path both name the data"):
+    with pytest.raises(ConfigError, match=r"data\.paths = \[.*\bdata\.path\b"):
         load_config(config_file, ["data.path=a", 'data.paths=["a", "b"]'])
 
 
@@ -104,18 +104,18 @@ def test_the_last_override_wins_and_unsets(config_file):
 
 # Every kind of refusal: the key, the value given and the remedy must be in the message.
 REFUSALS = [
-    ("unknown key", "model.dmi=3", ["model.dmi", "did you mean model.dim?"]),
-    ("key of another section", "model.lr=3", ["model.lr", "did you mean optim.lr?"]),
-    ("keys of other sections", "run.steps=3", ["run.steps", "did you mean train.steps?"]),
-    ("two candidates", "name=x", ["name", "run.name or optim.name or schedule.name?"]),
-    ("another trainer's name", "optim.learning_rate=3", ["did you mean optim.lr?"]),
-    ("another trainer's name alone", "block_size=3", ["did you mean data.seq_len?"]),
-    ("another's name in a section", "model.activation=gellu", ["did you mean model.mlp?"]),
-    ("misspelt section", "mdoel.dim=3", ["mdoel.dim", "did you mean model.dim?"]),
-    ("unknown section", "zzz.q=3", ["zzz.q", "the sections are run, model"]),
-    ("unlike any key", "log.zzzzzzzz=3", ["log.zzzzzzzz", "[log] takes every_steps"]),
-    ("no section", "steps=4", ["steps", "did you mean train.steps?"]),
-    ("no value", "optim.lr", ['"optim.lr"', "write it like optim.lr=1e-3"]),
+    ("unknown key", "model.dmi=3", ["model.dmi", "model.dim?"]),
+    ("key of another section", "model.lr=3", ["model.lr", "optim.lr?"]),
+    ("keys of other sections", "run.steps=3", ["run.steps", "train.steps?"]),
+    ("two candidates", "name=x", ["name", "run.name", "optim.name", "schedule.name?"]),
+    ("another trainer's name", "optim.learning_rate=3", ["optim.lr?"]),
+    ("another trainer's name alone", "block_size=3", ["data.seq_len?"]),
+    ("another's name in a section", "model.activation=gellu", ["model.mlp?"]),
+    ("misspelt section", "mdoel.dim=3", ["mdoel.dim", "model.dim?"]),
+    ("unknown section", "zzz.q=3", ["zzz.q", "run, model, data"]),
+    ("unlike any key", "log.zzzzzzzz=3", ["log.zzzzzzzz", "[log]", "every_steps, csv"]),
+    ("no section", "steps=4", ["steps", "train.steps?"]),
+    ("no value", "optim.lr", ['"optim.lr"', "optim.lr=1e-3"]),
     ("float for int", "model.dim=64.0", ["model.dim = 64.0", "an integer ≥ 1"]),
     ("fraction for int", "model.dim=6.5", ["model.dim = 6.5", "an integer ≥ 1"]),
     ("bool for int", "model.dim=true", ["model.dim = true", "an integer ≥ 1"]),
@@ -138,7 +138,7 @@ REFUSALS = [
     ("element out of range", "optim.betas=[0.9, 1]", ["optim.betas = [0.9, 1]", "< 1"]),
     ("above range", "data.corpus_vocab_size=65537", ["65537", "≤ 65536"]),
     ("huge", "run.seed=-1", ["run.seed = -1", "an integer ≥ 0"]),
-    ("unknown choice", "model.mlp=swigl", ['"swigl"', ", ".join(MLPS), "mean swiglu?"]),
+    ("unknown choice", "model.mlp=swigl", ['"swigl"', ", ".join(MLPS), " swiglu?"]),
     ("bad device", "run.device=gpu", ['run.device = "gpu"', "auto, cpu, cuda, cuda:N"]),
     ("slash in name", "run.name=a/b", ['run.name = "a/b"', "without slashes"]),
     ("parent as name", "run.name=..", ['run.name = ".."', "without slashes"]),
@@ -146,18 +146,22 @@ REFUSALS = [
     ("NUL in path", 'data.path="a\\u0000"', [r"a\x00", "a path"]),
     ("control in a value", 'run.device="\\u001b[31m"', [r"\x1b[31m", "cuda:N"]),
     ("heads", "model.n_heads=3", ["model.dim = 64", "model.n_heads = 3", "model.head_dim"]),
-    ("KV heads", "model.n_kv_heads=3", ["n_kv_heads = 3", "n_heads = 4", "use one of 1, 2, 4"]),
+    ("KV heads", "model.n_kv_heads=3", ["n_kv_heads = 3", "n_heads = 4", "1, 2, 4"]),
     ("odd rope", "model.head_dim=15", ["model.head_dim = 15", "positions=learned"]),
-    ("dtype, no path", "data.path=none & data.dtype=uint16", ["data.dtype", "set data.path"]),
+    (
+        "dtype, no path",
+        "data.path=none & data.dtype=uint16",
+        ['data.dtype = "uint16"', "data.path"],
+    ),
     (
         "tf32 on CPU",
         "run.device=cpu & run.dtype=tf32",
-        ["run.dtype", "use auto or run.device=cuda"],
+        ['run.dtype = "tf32"', "run.device=cuda"],
     ),
     (
         "bf16 residual in fp32",
         "model.residual_in_fp32=false & run.dtype=fp32",
-        ["model.residual_in_fp32 = false", "needs run.dtype=bf16, not fp32", "leave it true"],
+        ["model.residual_in_fp32 = false", "run.dtype=bf16", "fp32", "true"],
     ),
     ("graphs on CPU", "run.device=cpu & run.compile=cuda-graphs", ["run.compile", "CUDA"]),
     ("no horizon", "train.steps=none", ["train.steps, train.epochs, train.tokens, train.hours"]),
@@ -168,12 +172,12 @@ REFUSALS = [
     ),
     ("long warmup", "schedule.warmup_steps=100", ["warmup_steps = 100", "train.steps = 100"]),
     ("min above lr", "schedule.min_lr=0.1", ["schedule.min_lr = 0.1", "optim.lr = 0.001"]),
-    ("a key of before", "eval.stride_tokens=4", ["did you mean eval.stride_fraction?"]),
-    ("another", "schedule.context_tokens=[4]", ["did you mean schedule.context_fractions?"]),
+    ("a key of before", "eval.stride_tokens=4", ["eval.stride_fraction?"]),
+    ("another", "schedule.context_tokens=[4]", ["schedule.context_fractions?"]),
     (
         "vocabulary",
         "data.path=none & model.vocab_size=1000",
-        ["model.vocab_size = 1000", "data.corpus_vocab_size = 4096", "leave it unset"],
+        ["model.vocab_size = 1000", "data.corpus_vocab_size = 4096"],
     ),
 ]
 
@@ -194,19 +198,19 @@ def test_refusal_names_key_value_and_remedy(config_file, overrides, parts):
 @pytest.mark.parametrize(
     ("text", "parts"),
     [
-        ("[model]\ndmi = 3", ["bad.toml", "model.dmi", "did you mean model.dim?"]),
-        ("[modle]\ndim = 3", ["bad.toml", "modle.dim", "did you mean model.dim?"]),
-        ("[zzzzzzz]\ndim = 3", ["bad.toml", "zzzzzzz.dim", "did you mean model.dim?"]),
-        ("model = 3", ["bad.toml", "model = 3", "write [model]"]),
-        ("a." * 6001 + "a = 1", ["bad.toml", "6,001 dots, at most 6,000 are credible"]),
-        ("[modle]", ["bad.toml", "modle", "did you mean model."]),
-        ("[zzz]", ["bad.toml", "zzz", "the sections are run, model"]),
-        ("steps = 3", ["bad.toml", "steps", "did you mean train.steps?"]),
-        ("[model\n", ["bad.toml", "not valid TOML", "line 1"]),
-        ("[model]\ndim = 1\ndim = 2", ["bad.toml", "not valid TOML", "overwrite"]),
-        ("[model]\ndim = nonsense", ["bad.toml", "not valid TOML", "line 2"]),
+        ("[model]\ndmi = 3", ["bad.toml", "model.dmi", "model.dim?"]),
+        ("[modle]\ndim = 3", ["bad.toml", "modle.dim", "model.dim?"]),
+        ("[zzzzzzz]\ndim = 3", ["bad.toml", "zzzzzzz.dim", "model.dim?"]),
+        ("model = 3", ["bad.toml", "model = 3", "[model]"]),
+        ("a." * 6001 + "a = 1", ["bad.toml", "6,001", "6,000"]),
+        ("[modle]", ["bad.toml", "modle", " model."]),
+        ("[zzz]", ["bad.toml", "zzz", "run, model, data"]),
+        ("steps = 3", ["bad.toml", "steps", "train.steps?"]),
+        ("[model\n", ["bad.toml", "TOML", "line 1"]),
+        ("[model]\ndim = 1\ndim = 2", ["bad.toml", "TOML", "overwrite"]),
+        ("[model]\ndim = nonsense", ["bad.toml", "TOML", "line 2"]),
         ('[model]\ndim = "none"\n[train]\nsteps = 1', ["model.dim = ", "an integer"]),
-        ("", ["leaves the run's length open", "set one of train.steps"]),
+        ("", ["train.steps = none", "train.steps, train.epochs"]),
     ],
 )
 def test_bad_file(tmp_path, text, parts):
@@ -219,14 +223,14 @@ def test_bad_file(tmp_path, text, parts):
 
 
 def test_unreadable_files(tmp_path, config_file):
-    with pytest.raises(ConfigError, match=r"smal\.toml: there is no such .*mean .*small\.toml"):
+    with pytest.raises(ConfigError, match=r"smal\.toml: .*\bsmall\.toml\?"):
         load_config(tmp_path / "smal.toml")
-    with pytest.raises(ConfigError, match="no such config file; give the path"):
+    with pytest.raises(ConfigError, match=r"/nowhere/x\.toml: .*\bTOML\b.*\bbase\b"):
         load_config(tmp_path / "nowhere" / "x.toml")
-    with pytest.raises(ConfigError, match=r"cannot be read \(Is a directory\)"):
+    with pytest.raises(ConfigError, match=r"\(Is a directory\)"):
         load_config(tmp_path)
     (tmp_path / "latin.toml").write_bytes("# größe\n[train]\nsteps = 1".encode("latin-1"))
-    with pytest.raises(ConfigError, match="is not UTF-8 at byte 4; save it as UTF-8"):
+    with pytest.raises(ConfigError, match=r"latin\.toml: .*\bbyte 4\b.*\bUTF-8\b"):
         load_config(tmp_path / "latin.toml")
 
 
@@ -244,11 +248,11 @@ def test_a_config_that_comes_along_is_found_by_its_name(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "hint"),
     [
-        ("bsae", "did you mean base?"),
-        ("bsae.toml", "did you mean base?"),
-        ("configs/base.toml", "did you mean base?"),  # as in a checkout
-        ("smal.toml", "did you mean small.toml?"),
-        ("pyprojekt.toml", "give the path of a TOML file."),
+        ("bsae", "base?"),
+        ("bsae.toml", "base?"),
+        ("configs/base.toml", "base?"),  # as in a checkout
+        ("smal.toml", "small.toml?"),
+        ("pyprojekt.toml", " TOML "),
     ],
 )
 def test_an_unknown_config_lists_those_there_are(name, hint, tmp_path, config_file, monkeypatch):
@@ -256,9 +260,10 @@ def test_an_unknown_config_lists_those_there_are(name, hint, tmp_path, config_fi
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError) as caught:
         load_config(name)
-    names = ", ".join(shipped_configs())
-    expected = f"{name}: there is no such config file; {hint} By name there are {names}"
-    assert str(caught.value) == expected
+    message = str(caught.value)
+    assert message.startswith(f"{name}: ")
+    assert hint in message
+    assert message.endswith(", ".join(shipped_configs()))
 
 
 def test_configs_of_runs_made_before_a_key_was_removed_are_read(tmp_path):
@@ -269,7 +274,7 @@ def test_configs_of_runs_made_before_a_key_was_removed_are_read(tmp_path):
     as_checkpoints_do = config_from_dict(tomllib.loads(path.read_text()))
     assert as_checkpoints_do == load_config(path)
     path.write_text(old.format("2.0"))
-    with pytest.raises(ConfigError, match=r"optim\.muon_lr_scale is not a config key"):
+    with pytest.raises(ConfigError, match=r"old\.toml: optim\.muon_lr_scale .*\boptim\.\w+\?"):
         load_config(path)
 
 
@@ -301,7 +306,9 @@ def test_configs_of_before_mean_what_they_did(tmp_path):
     path.write_text(old.format(150, "adamw", 1.0))
     assert load_config(path).optim.peak_lr == 8e-3
     path.write_text(old.format(150, "adamw", 17.0))
-    with pytest.raises(ConfigError, match=r"optim\.embedding_lr_scale is not.*muon_embedding_lr_s"):
+    with pytest.raises(
+        ConfigError, match=r"optim\.embedding_lr_scale .*\bmuon_embedding_lr_scale\b"
+    ):
         load_config(path)
     # The rate with Muon had a key of its own, which no other optimizer read.
     two = '[train]\nsteps = 1\n[optim]\nname = "{}"\nlr = 3e-3\nmuon_lr = 8e-3\n'
@@ -317,7 +324,7 @@ def test_configs_of_before_mean_what_they_did(tmp_path):
 
 
 def test_a_section_checks_itself():
-    with pytest.raises(ConfigError, match=r"model\.dim = -3 is out of range"):
+    with pytest.raises(ConfigError, match=r"model\.dim = -3 .*≥ 1\b"):
         ModelConfig(dim=-3)
     model = ModelConfig(dim=64)
     with pytest.raises(ConfigError, match=r"model\.n_heads = 5"):
@@ -327,7 +334,7 @@ def test_a_section_checks_itself():
 
 def test_surrogates_are_refused(config_file):
     """A file name that is not UTF-8 reaches Python as lone surrogates, which no file can hold."""
-    with pytest.raises(ConfigError, match=r"data\.path = .* is not valid Unicode"):
+    with pytest.raises(ConfigError, match=r"data\.path = .*\bUnicode\b"):
         load_config(config_file, ["data.path=\udcff"])
 
 
@@ -348,9 +355,8 @@ def test_help_and_reference_have_every_key_once():
     table = config_reference().splitlines()
     assert len(table) == len(KEYS) + 2
     assert {row.count("|") for row in table} == {5}
-    assert "| `train.max_rollbacks` | an integer ≥ 0 | `3` | maximum number of rollbacks" in (
-        config_reference()
-    )
+    (meaning,) = (f.metadata["meaning"] for _, f, _ in KEYS if f.name == "max_rollbacks")
+    assert f"| `train.max_rollbacks` | an integer ≥ 0 | `3` | {meaning} |" in table
     for section, section_class in SECTIONS.items():
         block = help_text().split(f"[{section}]")[1].split("\n\n")[0]
         keys = [line for line in block.splitlines() if re.match(r"  \w+ = ", line)]
@@ -451,14 +457,14 @@ print(len(sys.modules))
     )
     assert done.returncode == 0, done.stderr
     message, n_modules = done.stdout.splitlines()
-    assert message == "bad.toml: model.dmi is not a config key; did you mean model.dim?"
+    assert re.fullmatch(r"bad\.toml: model\.dmi .*\bmodel\.dim\?", message)
     assert int(n_modules) < 180, "starting is as fast as what it imports lets it be"
 
 
 def test_one_key_is_the_peak_rate_of_every_optimizer_and_an_older_one_names_it(tmp_path):
     path = tmp_path / "c.toml"
     path.write_text("[train]\nsteps = 1\n[optim]\nlr = 3e-3\n")
-    with pytest.raises(ConfigError, match=r"optim\.muon_lr is not .*; did you mean optim\.lr\?"):
+    with pytest.raises(ConfigError, match=r"optim\.muon_lr .*\boptim\.lr\?"):
         load_config(path, ["optim.muon_lr=1e-4"])
     path.write_text("[train]\nsteps = 1\n")
     assert load_config(path).optim.lr == 1e-3
@@ -473,5 +479,5 @@ def test_a_config_may_begin_with_a_byte_order_mark_and_utf16_is_named(tmp_path):
     assert load_config(path).train.steps == 3
     for encoding in ("utf-16", "utf-16-le", "utf-16-be", "utf-32"):
         path.write_bytes(text.encode(encoding))
-        with pytest.raises(ConfigError, match="is UTF-16 or UTF-32; save it as UTF-8"):
+        with pytest.raises(ConfigError, match=r"c\.toml: .*\bUTF-16\b.*\bUTF-8\b"):
             load_config(path)

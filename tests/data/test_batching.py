@@ -258,8 +258,8 @@ def test_what_cannot_be_batched_is_refused(tmp_path: Path) -> None:
     np.arange(1, 100, dtype="<u2").tofile(tmp_path / "train.bin")
     bare = open_dataset(tmp_path, "train", dtype="uint16", cache_dir=tmp_path / "cache")
     for options in ({"batching": "padded"}, {"batching": "packed", "separate_documents": True}):
-        with pytest.raises(DataError, match=r"documents end; .* data\.end_of_text = 50256, or pre"):
+        with pytest.raises(DataError, match=r"data\.end_of_text = 50256.*fasttrain\.prepare"):
             rows_of(bare, **options)
     ones = write(tmp_path / "ones", [1] * 20)
-    with pytest.raises(DataError, match=r"no document of .*ones has two tokens"):
+    with pytest.raises(DataError, match=r"data\.batching = 'bucketed'.*/ones\b.*'packed'"):
         Plan(ones, options_of(batching="bucketed"))

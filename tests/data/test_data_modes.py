@@ -1,6 +1,7 @@
 """Training end to end on every kind of data: batching modes, mixes, other projects' token files."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from contextlib import closing
@@ -116,7 +117,7 @@ def test_every_mode_learns_and_goes_on_exactly_where_it_stopped(
         options = LoaderOptions.of(config, micro_batch=config.train.micro_batch)
         with Loader(open_dataset(data, "train"), options, device="cpu") as loader:
             dropped = loader.plan.dropped_tokens
-            shown = f"({dropped} in no sequence)" in log
+            shown = re.search(rf"\({dropped} [^)]*\bsequence", log) is not None
             assert shown == (dropped > 0) == (mode == "padded")
             real = [int((batch.targets != IGNORE_INDEX).sum()) for batch in islice(loader, 20)]
     if mode != "mix":
@@ -158,7 +159,7 @@ def test_a_nanogpt_folder_is_trained_on_as_it_is(
     assert losses(train("packed", *options)) == prepared
     capsys.readouterr()
     assert train("padded", *options, "data.batching=padded", check=2) == []
-    assert "name the token that separates them" in capsys.readouterr().err
+    assert "data.end_of_text = 50256" in capsys.readouterr().err
     padded = train("padded", *options, "data.batching=padded", f"data.end_of_text={END}")
     reference = train("reference", f"model.vocab_size={VOCAB}", "data.batching=padded")
     assert losses(padded) == losses(reference)
@@ -181,15 +182,21 @@ def test_llm_c_shards_are_trained_on_as_they_are(data: Path, train: Run, tmp_pat
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["data.batching=bagged"], "did you mean padded?"),
-        (["data.stride_tokens=4"], "set data.batching=sliding"),
-        (["data.batching=sliding", "data.stride_tokens=17"], "leaves tokens out"),
-        (["data.path=a", "data.paths=['a', 'b']"], "data.path both name the data; unset one"),
-        (["data.path=none", "data.paths=['a']"], "write data.path=a"),
-        (["data.weights=[1.0]"], "must be one for each of data.paths; give 0"),
-        (["data.path=none", "data.end_of_text=3"], "describes data.path, which is unset"),
-        (["data.end_of_text=3"], "remove data.end_of_text"),
-        (["data.path=none", "data.paths=['data', 'missing']"], "missing does not exist"),
+        (["data.batching=bagged"], r'data\.batching = "bagged".* padded\?'),
+        (["data.stride_tokens=4"], r"data\.stride_tokens = 4\b.*data\.batching=sliding"),
+        (
+            ["data.batching=sliding", "data.stride_tokens=17"],
+            r"data\.stride_tokens = 17\b.*data\.seq_len = 16\b",
+        ),
+        (["data.path=a", "data.paths=['a', 'b']"], r"data\.paths = \[.*\bdata\.path\b"),
+        (["data.path=none", "data.paths=['a']"], r"data\.paths = .*\bdata\.path=a\b"),
+        (["data.weights=[1.0]"], r"data\.weights = \[1\.0\].*\bdata\.paths\b.*\b0\b"),
+        (["data.path=none", "data.end_of_text=3"], r"data\.end_of_text = 3\b.*\bdata\.path\b"),
+        (["data.end_of_text=3"], r"data\.end_of_text = 3\b.*dataset\.json\b.*data\.end_of_text"),
+        (
+            ["data.path=none", "data.paths=['data', 'missing']"],
+            r"\bmissing\b.* fasttrain\.prepare missing --input",
+        ),
     ],
 )
 def test_impossible_settings_are_refused_in_a_line(
@@ -200,4 +207,4 @@ def test_impossible_settings_are_refused_in_a_line(
     message: str,
 ) -> None:
     assert train("refused", *arguments, check=2) == []
-    assert message in capsys.readouterr().err
+    assert re.search(message, capsys.readouterr().err)

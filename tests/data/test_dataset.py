@@ -44,7 +44,7 @@ def test_documents_are_found_by_the_token_behind_or_in_front_of_them(
 
 def test_a_token_that_the_folder_knows_better_is_refused(tmp_path: Path) -> None:
     write_tokens(tmp_path / "data", [1, 2, 0], [3])
-    with pytest.raises(DataError, match=r"data\.end_of_text = 5, but .*dataset\.json says 0"):
+    with pytest.raises(DataError, match=r"data\.end_of_text = 5\b.*dataset\.json\b.* 0\b"):
         open_dataset(tmp_path / "data", "train", end_of_text=5, cache_dir=tmp_path)
 
 
@@ -57,10 +57,10 @@ def flip(path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "match"),
     [
-        (flip, "not the document ends of .*train_000000"),
-        (lambda path: path.write_bytes(path.read_bytes()[:-8]), "not the document ends"),
-        (lambda path: path.write_bytes(path.read_bytes() + bytes(8)), "not the document ends"),
-        (lambda path: path.unlink(), "cannot be read"),
+        (flip, r"train_000000\.bin"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-8]), r"train_000000\.bin"),
+        (lambda path: path.write_bytes(path.read_bytes() + bytes(8)), r"train_000000\.bin"),
+        (lambda path: path.unlink(), "No such file or directory"),
     ],
 )
 def test_R25_damaged_document_ends_are_refused_when_they_are_needed(
@@ -70,7 +70,7 @@ def test_R25_damaged_document_ends_are_refused_when_they_are_needed(
     damage(tmp_path / "data" / "train_000000.ends")
     dataset = open_dataset(tmp_path / "data", "train", cache_dir=tmp_path)
     assert dataset.read(0, 22).tolist() == list(range(22))
-    with pytest.raises(DataError, match=rf"train_000000\.ends: {match}"):
+    with pytest.raises(DataError, match=rf"train_000000\.ends: .*{match}"):
         assert dataset.document_ends.size
 
 
@@ -92,7 +92,7 @@ def test_datasets_of_two_tokenizers_are_not_joined(tmp_path: Path) -> None:
     larger = write_tokens(tmp_path / "c", [1, 2], [2], vocab=101)
     imported = bare(tmp_path / "d", [1, 2], None)
     for dataset, what in ((other, "tokenizer"), (larger, "vocab_size"), (imported, "tokenizer")):
-        with pytest.raises(DataError, match=rf"data\.paths: .*a and .* differ in {what}"):
+        with pytest.raises(DataError, match=rf"data\.paths: .*/a\b.*\b{what} \(.*--tokenizer "):
             join([first, dataset])
 
 
@@ -102,7 +102,7 @@ def test_R23_a_file_that_ends_too_early_is_refused_whatever_stat_says(
     """As on a network's file system, whose answers to `stat` are old."""
     dataset = write_tokens(tmp_path / "data", list(range(7)), [])
     monkeypatch.setattr(os, "preadv", lambda *_: 0)
-    with pytest.raises(DataError, match=r"train_000000\.bin: truncated, replaced or removed"):
+    with pytest.raises(DataError, match=r"train_000000\.bin: .*truncated"):
         dataset.read(0, 7)
 
 
@@ -120,5 +120,5 @@ def test_R23_a_file_cut_off_while_it_is_read_is_a_typed_error(
         read(shard, pieces)
 
     monkeypatch.setattr(Shard, "read", cut_off_first)
-    with pytest.raises(DataError, match=r"train_000000\.bin: truncated, replaced or removed"):
+    with pytest.raises(DataError, match=r"train_000000\.bin: .*truncated"):
         dataset.read(0, 7)

@@ -156,17 +156,17 @@ def unreachable(state: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (byte_tokenizer, "way of its own"),
-        (lambda: char_tokenizer("abc"), "way of its own"),
-        (lambda: changed(lambda s: s.update(normalizer={"type": "NFC"})), "way of its own"),
-        (lambda: changed(lambda s: s["added_tokens"][0].update(special=False)), "way of its own"),
-        (lambda: changed(lambda s: s["model"].update(byte_fallback=True)), "plain byte-level"),
-        (lambda: changed(lambda s: s["model"].update(dropout=0.1)), "plain byte-level"),
+        (byte_tokenizer, "splits"),
+        (lambda: char_tokenizer("abc"), "splits"),
+        (lambda: changed(lambda s: s.update(normalizer={"type": "NFC"})), "splits"),
+        (lambda: changed(lambda s: s["added_tokens"][0].update(special=False)), "splits"),
+        (lambda: changed(lambda s: s["model"].update(byte_fallback=True)), "byte-level BPE"),
+        (lambda: changed(lambda s: s["model"].update(dropout=0.1)), "byte-level BPE"),
         (lambda: changed(lambda s: s["pre_tokenizer"]["pretokenizers"][0].update(invert=True)),
-         "way of its own"),
-        (lambda: changed(swap_merges), "other ids"),
-        (lambda: changed(second_way), "other ids"),
-        (lambda: changed(unreachable), "other ids"),
+         "splits"),
+        (lambda: changed(swap_merges), "merges"),
+        (lambda: changed(second_way), "merges"),
+        (lambda: changed(unreachable), "merges"),
     ],
 )  # fmt: skip
 def test_a_tokenizer_that_could_differ_is_refused(
@@ -192,19 +192,29 @@ def test_a_tiktoken_of_quadratic_time_is_not_used(monkeypatch: pytest.MonkeyPatc
     for old, used in (("0.12.0", False), ("0.13.0", True), ("0.130.1", True), ("1.0", True)):
         monkeypatch.setattr("fasttrain.data.tokenizer.version", lambda name, old=old: old)
         why = Encoder(TOKENIZERS["text"]).not_fast
-        assert why == ("" if used else f"tiktoken {old} is slow (pip install 'tiktoken>=0.13')")
+        assert (why == "") == used
+        assert used or f"tiktoken {old} " in why
+        assert used or "pip install 'tiktoken>=0.13'" in why
 
 
 def test_other_ids_are_found_and_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     # As if the regular expression meant something else to tiktoken.
-    monkeypatch.setattr("fasttrain.data.tokenizer._pattern", lambda state: r"\s+|\S+")
+    tiktoken = pytest.importorskip("tiktoken", reason="needs the extra data")
+    encoding = tiktoken.Encoding
+
+    def meaning(pattern: str) -> None:
+        monkeypatch.setattr(
+            tiktoken,
+            "Encoding",
+            lambda name, **options: encoding(name, **options | {"pat_str": pattern}),
+        )
+
+    meaning(r"\s+|\S+")
     encoder = Encoder(TOKENIZERS["text"])
     assert not encoder.not_fast
-    with pytest.raises(OtherIdsError, match=r"by tiktoken \[.*by the tokenizer itself"):
+    with pytest.raises(OtherIdsError, match=r"tiktoken \[.*\].*\[.*\]"):
         encoder.encode([TEXT])
-    monkeypatch.setattr(
-        "fasttrain.data.tokenizer._pattern", lambda state: r"\S+"
-    )  # leaves some out
+    meaning(r"\S+")  # leaves some out
     assert FastBpe(TOKENIZERS["text"]).encode("a b") is None
 
 

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import re
 import resource
 import stat
 from collections.abc import Callable
@@ -42,6 +43,12 @@ def failing(number: int, when: Callable[..., bool], real: Callable[..., Any]) ->
     return call
 
 
+def lacking(number: int, capsys: Capture) -> list[str]:
+    """Return the warnings of a call that a file system lacks, by the error it gives."""
+    lines = capsys.readouterr().err.splitlines()
+    return [line for line in lines if line.startswith("warning: ") and os.strerror(number) in line]
+
+
 def is_folder(descriptor: int) -> bool:
     return stat.S_ISDIR(os.fstat(descriptor).st_mode)
 
@@ -63,9 +70,8 @@ def test_a_file_system_without_locks_is_used_with_a_warning(
     assert main([str(config), "train.steps=3"]) == 0
     assert len(rows(tmp_path / "runs/toy")) == 3
     assert (tmp_path / "runs/toy/.lock").is_file()
-    said = capsys.readouterr().err
-    assert said.count("has no locks") == 1
-    assert os.strerror(number) in said
+    (told,) = lacking(number, capsys)
+    assert "locks" in told.replace(os.strerror(number), "")
     with pytest.raises(NoLocks):
         lock(tmp_path / "lock")
 
@@ -86,7 +92,8 @@ def test_shards_are_fetched_into_a_cache_without_locks(
     config, cache = write_config(tmp_path), tmp_path / "cache"
     there = [f"data.path=file://{tmp_path / 'data'}", f"data.cache_dir={cache}"]
     assert main([str(config), "train.steps=3", *there]) == 0
-    assert "has no locks" in capsys.readouterr().err
+    (told,) = lacking(errno.ENOLCK, capsys)
+    assert "locks" in told.replace(os.strerror(errno.ENOLCK), "")
     assert not list(cache.rglob("*.part"))
 
 
@@ -100,7 +107,8 @@ def test_a_file_system_that_cannot_sync_folders_is_used_with_a_warning(
     assert prepare(["made", "--input", str(write_text(tmp_path)), "--tokenizer", "bytes"]) == 0
     assert main([str(config), "train.steps=3"]) == 0
     assert (tmp_path / "runs/toy/checkpoints/step-00000003/manifest.json").is_file()
-    assert capsys.readouterr().err.count("cannot sync folders") == 1
+    (told,) = lacking(number, capsys)
+    assert re.search("sync.* folders", told)
     monkeypatch.setattr(os, "fsync", failing(errno.EIO, is_folder, os.fsync))
     with pytest.raises(OSError, match="Input/output error"):
         sync_folder(tmp_path)
@@ -154,7 +162,7 @@ def test_a_dataset_may_have_more_shards_than_a_process_has_files(
         # Where there are too few all the same, the message names the limit.
         held = [os.open(os.devnull, os.O_RDONLY) for _ in range(8)]
         monkeypatch.setattr(os, "open", failing(errno.EMFILE, lambda *_: True, os.open))
-        with pytest.raises(DataError, match=rf"may open {n_open + 20} files, .* ulimit -n"):
+        with pytest.raises(DataError, match=rf"\b{n_open + 20}\b.* ulimit -n"):
             type(dataset.shards[0])(dataset.shards[0].path)
         for descriptor in held:
             os.close(descriptor)
@@ -171,7 +179,7 @@ def test_without_a_home_the_cache_is_a_folder_for_temporary_files(
     monkeypatch.setattr(files.tempfile, "gettempdir", lambda: str(tmp_path / "tmp"))
     assert cache_folder() == tmp_path / f"tmp/fasttrain-{os.getuid()}"
     assert not (tmp_path / "~").exists()
-    with pytest.raises(DataError, match=r"data\.path = ~/x: .*; give the whole path"):
+    with pytest.raises(DataError, match=r"data\.path = ~/x: .*\bhome\b"):
         open_dataset("~/x", "train")
 
 

@@ -37,9 +37,7 @@ def test_a_range_is_whole_after_any_fault_or_an_error_says_why(
     assert read_range(address, 100, 9000, size) == CONTENT[100:9000]
     assert server.happened == [fault] * 2
     server.faults[:] = [fault] * 99
-    with pytest.raises(
-        DataError, match=r"/a\.bin: cat_file failed \(.*; check the network; 5 "
-    ) as e:
+    with pytest.raises(DataError, match=r"/a\.bin: cat_file .*\bnetwork\b.*\b5 ") as e:
         read_range(address, 0, size, size)
     assert len(server.happened) >= 2 + files.ATTEMPTS  # aiohttp itself connects anew if need be
     assert "hidden" not in str(e.value)
@@ -50,13 +48,13 @@ def test_a_length_that_the_server_says_wrong_is_an_error(server: FaultyServer, a
     server.added_length = added
     size = remote(f"{server.url}/a.bin", "info")["size"]
     assert size == len(CONTENT) + added
-    with pytest.raises(DataError, match=r"of bytes 0 to \d+ of \d+ came \d+"):
+    with pytest.raises(DataError, match=rf"/a\.bin: .*\bbytes 0\b.*\b{size}\b.* \d+"):
         read_range(f"{server.url}/a.bin", 0, size, size)
 
 
 def test_an_empty_file_is_one_only_if_nothing_comes(server: FaultyServer) -> None:
     assert read_range(f"{server.url}/empty", 0, 0, 0) == b""
-    with pytest.raises(DataError, match=f"its server sends {len(CONTENT)}: download it"):
+    with pytest.raises(DataError, match=rf"/a\.bin: .*\b{len(CONTENT)}\b.*download"):
         read_range(f"{server.url}/a.bin", 0, 0, 0)
 
 
@@ -64,18 +62,18 @@ def test_a_server_without_ranges_is_not_asked_for_whole_files(server: FaultyServ
     server.ranges = False
     size = len(CONTENT)
     assert read_range(f"{server.url}/a.bin", 0, size, size) == CONTENT
-    with pytest.raises(DataError, match=r"for bytes 0 to 100 its server sends 10240: download it"):
+    with pytest.raises(DataError, match=r"/a\.bin: .*\bbytes 0\b.*\b100\b.*\b10240\b.*download"):
         read_range(f"{server.url}/a.bin", 0, 100, size)
 
 
 def test_what_is_not_there_is_asked_for_once_and_what_fails_often(server: FaultyServer) -> None:
-    with pytest.raises(DataError, match=r"none: info failed .*; check the address and the cred"):
+    with pytest.raises(DataError, match=r"/none: info .*\baddress\b.*\bcredentials\b"):
         remote(f"{server.url}/none", "info")
     assert [method for method, _ in server.requests] == ["HEAD", "GET"]
     server.requests.clear()
     server.fails_always = "a.bin"
     with pytest.raises(
-        DataError, match=r"info failed \(ClientResponseError: 500.*check the network; 5 attempts"
+        DataError, match=r"/a\.bin: info .*\(ClientResponseError: 500.*\bnetwork\b.*\b5 "
     ):
         remote(f"{server.url}/a.bin", "info")
     assert len(server.requests) == 2 * files.ATTEMPTS
@@ -98,9 +96,7 @@ def test_what_is_shown_of_addresses_has_no_secrets(text: str, expected: str) -> 
 
 
 def test_unknown_and_uninstalled_file_systems_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(
-        DataError, match=r"^what://a/b: cannot be opened \(Protocol not known: what"
-    ):
+    with pytest.raises(DataError, match=r"^what://a/b: .*\(Protocol not known: what"):
         remote("what://a/b?k=v", "info")
 
     def missing(name: str) -> None:
@@ -109,6 +105,6 @@ def test_unknown_and_uninstalled_file_systems_are_said(monkeypatch: pytest.Monke
     monkeypatch.setattr(files.importlib, "import_module", missing)
     for address, package in (("s3://a/b", "s3fs"), ("https://a/b", "aiohttp")):
         with pytest.raises(
-            DataError, match=rf"^{address}: run: pip install {package} \(Install it"
+            DataError, match=rf"^{address}: .*pip install {package}\b.*\(Install it"
         ):
             remote(address, "info")

@@ -95,7 +95,7 @@ def test_R22_reader_refuses_a_token_outside_the_vocabulary(tmp_path: Path, cache
     np.arange(3000, dtype="<u2").tofile(tmp_path / "train.bin")
     for _ in range(2):  # fresh, then from the cached scan
         with pytest.raises(
-            DataError, match=r"train\.bin: token 2999 at offset 2999 \(byte 5998\).*2000.*3000"
+            DataError, match=r"train\.bin: .*\b2999\b.*\b2999\b.*\b5998\b.*\b2000\b.*\b3000\b"
         ):
             open_dataset(tmp_path, "train", dtype="uint16", vocab_size=2000, cache_dir=cache)
     dataset = open_dataset(tmp_path, "train", dtype="uint16", vocab_size=3000, cache_dir=cache)
@@ -112,7 +112,7 @@ def test_R22_a_shard_changed_after_its_scan_is_scanned_again(tmp_path: Path, cac
     other = open_dataset(tmp_path, "train", dtype="uint16", vocab_size=5, cache_dir=cache)
     assert other.facts != first.facts
     np.full(100, 9, "<u2").tofile(tmp_path / "train.bin")
-    with pytest.raises(DataError, match="token 9 at offset 0"):
+    with pytest.raises(DataError, match=r"train\.bin: .*\b9\b.*\b0\b.*\b5\b.*\b10\b"):
         open_dataset(tmp_path, "train", dtype="uint16", vocab_size=5, cache_dir=cache)
 
 
@@ -156,7 +156,7 @@ def test_R25_no_file_outside_the_folder_is_opened(
         entry["file"] = name
 
     edit_json(folder, redirect)
-    with pytest.raises(DataError, match="not inside the folder"):
+    with pytest.raises(DataError, match=rf"dataset\.json: .*{re.escape(repr(name))}"):
         open_dataset(folder, "train", cache_dir=cache)
 
 
@@ -181,7 +181,7 @@ def test_R25_a_pipe_in_place_of_a_file_is_refused_not_read(
     make_dataset(folder)
     (folder / name).unlink()
     os.mkfifo(folder / name)
-    with pytest.raises(DataError, match=rf"{re.escape(name)}: (not a file|missing)"):
+    with pytest.raises(DataError, match=rf"{re.escape(name)}: .*(\bnot a\b.*\bfile\b|missing)"):
         open_dataset(folder, "train", cache_dir=cache)
 
 
@@ -212,7 +212,7 @@ def test_a_flipped_bit_in_a_shard_is_refused(tmp_path: Path, cache: Path) -> Non
     content = bytearray(path.read_bytes())
     content[2000] ^= 1
     path.write_bytes(content)
-    with pytest.raises(DataError, match=r"train_000001\.bin: its SHA-256 is .* restore"):
+    with pytest.raises(DataError, match=r"train_000001\.bin: .*SHA-256"):
         open_dataset(tmp_path, "train", cache_dir=cache)
     assert open_dataset(tmp_path, "val", cache_dir=cache).n_tokens == 300
 
@@ -220,10 +220,10 @@ def test_a_flipped_bit_in_a_shard_is_refused(tmp_path: Path, cache: Path) -> Non
 def test_another_tokenizer_is_refused(tmp_path: Path, cache: Path) -> None:
     make_dataset(tmp_path)
     (tmp_path / "tokenizer.json").write_text('{"another": "tokenizer"}')
-    with pytest.raises(DataError, match=r"tokenizer\.json: not the tokenizer that made these"):
+    with pytest.raises(DataError, match=r"tokenizer\.json: .*SHA-256"):
         open_dataset(tmp_path, "train", cache_dir=cache)
     (tmp_path / "tokenizer.json").unlink()
-    with pytest.raises(DataError, match=r"tokenizer\.json: missing"):
+    with pytest.raises(DataError, match=r"tokenizer\.json: .*missing"):
         open_dataset(tmp_path, "train", cache_dir=cache)
 
 
@@ -263,9 +263,7 @@ def test_R23_a_shard_truncated_or_replaced_after_opening(tmp_path: Path, cache: 
             path.unlink()
         np.testing.assert_array_equal(dataset.read(0, 2000), tokens["train"][:2000])
         for start, count in ((2000, 5), (1990, 500), (0, 5000)):
-            with pytest.raises(
-                DataError, match=r"train_000001\.bin: truncated, replaced or removed"
-            ):
+            with pytest.raises(DataError, match=r"train_000001\.bin: .*truncated"):
                 dataset.read(start, count)
 
 
@@ -275,13 +273,13 @@ def test_nanogpt_and_llm_c_folders_are_datasets_as_they_are(tmp_path: Path, cach
     (nanogpt / "meta.pkl").write_bytes(b"never opened")
     for split in ("train", "val"):
         np.arange(500, dtype="<u2").tofile(nanogpt / f"{split}.bin")
-    with pytest.raises(DataError, match=r'train\.bin: not a token shard.*data\.dtype = "uint16"'):
+    with pytest.raises(DataError, match=r'train\.bin: .*data\.dtype = "uint16"'):
         open_dataset(nanogpt, "train", cache_dir=cache)
     dataset = open_dataset(nanogpt, "val", dtype="uint16", vocab_size=512, cache_dir=cache)
     np.testing.assert_array_equal(dataset.read(0, 500), np.arange(500))
     assert (dataset.vocab_size, dataset.n_bytes, dataset.tokenizer_path) == (512, None, None)
     (nanogpt / "val.bin").write_bytes(b"12345")
-    with pytest.raises(DataError, match=r"val\.bin: damaged, or data\.dtype is wrong"):
+    with pytest.raises(DataError, match=r"val\.bin: .*data\.dtype\b.*\buint32\b.*\b5\b"):
         open_dataset(nanogpt, "val", dtype="uint32", cache_dir=cache)
 
     llm_c = tmp_path / "fineweb10B"
@@ -295,10 +293,12 @@ def test_nanogpt_and_llm_c_folders_are_datasets_as_they_are(tmp_path: Path, cach
     prepared = open_dataset(tmp_path / "made", "train", cache_dir=cache)
     np.testing.assert_array_equal(imported.read(0, 5000), prepared.read(0, 5000))
     assert open_dataset(llm_c, "val", cache_dir=cache).n_tokens == 300
-    with pytest.raises(DataError, match="its header says uint16"):
+    with pytest.raises(
+        DataError, match=r"val_000000\.bin: .*\buint16\b.*data\.dtype\b.*\buint32\b"
+    ):
         open_dataset(llm_c, "val", dtype="uint32", cache_dir=cache)
     (llm_c / "tiny_val_train.bin").touch()
-    with pytest.raises(DataError, match="named both train and val"):
+    with pytest.raises(DataError, match=r"tiny_val_train\.bin: .*\btrain\b.*\bval\b"):
         open_dataset(llm_c, "val", cache_dir=cache)
 
 
@@ -307,33 +307,33 @@ def test_missing_and_empty_datasets_say_what_to_do(tmp_path: Path, cache: Path) 
         with pytest.raises(UserError, match=match):
             open_dataset(tmp_path / "data", split, cache_dir=cache, **options)  # type: ignore[arg-type]
 
-    refused("does not exist; make it: python -m fasttrain.prepare")
+    refused(r"data\.path: .*: python -m fasttrain\.prepare \S+/data --input TEXT")
     (tmp_path / "data").touch()
-    refused("is a file, not a dataset folder; .*NEW_FOLDER --input")
+    refused(r"data\.path: .*\bfile\b.* NEW_FOLDER --input \S+/data")
     (tmp_path / "data").unlink()
     (tmp_path / "data").mkdir()
-    refused(r"neither dataset\.json nor \.bin shards; .*NEW_FOLDER --input")
+    refused(r"data\.path: .*dataset\.json\b.*\.bin\b.* NEW_FOLDER --input \S+/data")
     (tmp_path / "data" / "tokens.bin").touch()
-    refused("no .bin file with train in its name; rename")
+    refused(r"/data: .*\.bin\b.*\btrain\b.*\bname")
     (tmp_path / "data" / "constrained.bin").touch()  # holds "train", but not as a word
-    refused("no .bin file with train in its name; rename")
+    refused(r"/data: .*\.bin\b.*\btrain\b.*\bname")
     (tmp_path / "data" / "train.bin").touch()
-    refused("train.bin: not a token shard")
-    refused("split 'train' has no tokens", dtype="uint16")
-    refused("no .bin file with val in its name; it has 1 of the other split", "val")
-    refused("split must be", "test")
+    refused(r'/train\.bin: .*data\.dtype = "uint16"')
+    refused(r"/data: .*'train'.*\btokens\b", dtype="uint16")
+    refused(r"/data: .*\.bin\b.*\bval\b.*\b1\b", "val")
+    refused(r'"train".*"val".*\btest\b', "test")
     make_dataset(tmp_path / "data")
-    refused("model.vocab_size = 999 is too small: .* has 1000", vocab_size=999)
+    refused(r"model\.vocab_size = 999\b.*\b1000\b", vocab_size=999)
     edit_json(tmp_path / "data", lambda meta: meta["splits"].pop("val"))
-    refused("no split 'val', only .*--val-fraction", "val")
+    refused(r"dataset\.json: .*'val'.*\['train'\].*--val-fraction", "val")
     edit_json(tmp_path / "data", lambda meta: meta["splits"]["train"].update(shards=[]))
-    refused("split 'train' is empty")
+    refused(r"/data: .*'train'.*\bempty\b")
 
 
 def test_a_missing_shard_is_named(tmp_path: Path, cache: Path) -> None:
     make_dataset(tmp_path)
     (tmp_path / "train_000001.bin").unlink()
-    with pytest.raises(DataError, match=r"train_000001\.bin: cannot be opened \(No such file"):
+    with pytest.raises(DataError, match=r"train_000001\.bin: .*\(No such file"):
         open_dataset(tmp_path, "train", cache_dir=cache)
 
 
@@ -341,6 +341,6 @@ def test_reading_beyond_the_split_is_refused(tmp_path: Path, cache: Path) -> Non
     make_dataset(tmp_path)
     dataset: TokenDataset = open_dataset(tmp_path, "val", cache_dir=cache)
     for start, count in ((-1, 5), (299, 2), (10**12, 1)):
-        with pytest.raises(DataError, match="the split has 300"):
+        with pytest.raises(DataError, match=rf"{start}\b.*\b{start + count}\b.*\b300\b"):
             dataset.read(start, count)
     assert dataset.read(300, 0).size == 0

@@ -249,7 +249,7 @@ def test_R9_a_hung_read_is_named_and_fatal_within_its_deadline(
     monkeypatch.setattr(loader_module, "DEADLINE_S", 0.3)
     loader = make(mine)
     begin = time.monotonic()
-    with pytest.raises(DataError, match=r"train_000000\.bin: reading a batch has taken 0\.3 s"):
+    with pytest.raises(DataError, match=r"train_000000\.bin: .*\b0\.3 s\b"):
         next(loader)
     assert time.monotonic() - begin < 250
     hang.set()
@@ -292,7 +292,7 @@ def test_the_interpreter_ends_cleanly_without_close(dataset: TokenDataset) -> No
 def test_a_sequence_longer_than_the_data_is_refused(dataset: TokenDataset) -> None:
     with make(dataset, seq_len=999) as loader:
         assert (loader.samples_per_epoch, loader.plan.dropped_tokens) == (1, 0)
-    with pytest.raises(DataError, match=r"data\.seq_len = 1000 is longer .* at most 999"):
+    with pytest.raises(DataError, match=r"data\.seq_len = 1000\b.*\bdata\.seq_len\b.*\b999\b"):
         make(dataset, seq_len=1000)
 
 
@@ -378,7 +378,7 @@ def test_evaluation_needs_something_to_predict(tmp_path: Path) -> None:
     with closing(ShardWriter(tmp_path, "val", vocab_size=5)) as writer:
         writer.write(np.array([1]))
     single = open_dataset(tmp_path, "val", vocab_size=5, cache_dir=tmp_path / "cache")
-    with pytest.raises(DataError, match="1 tokens has nothing to predict"):
+    with pytest.raises(DataError, match=r"\b1 token.*--val-fraction"):
         evaluation_batches(single, LoaderOptions(seq_len=4, micro_batch=2), "cpu")
 
 

@@ -1,6 +1,7 @@
 """What a tokenizer has no token for: counted and reported, never silently left out."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -35,29 +36,37 @@ def run(folder: Path, tokenizer: Tokenizer, texts: list[str], **options: object)
     return notes
 
 
+def only_problem(folder: Path, notes: list[str], count: int) -> str:
+    """Return what alone was wrong with a text, so often: it is recorded as it was told."""
+    problems = json.loads((folder / "dataset.json").read_text())["source"]["problems"]
+    assert list(problems.values()) == [count]
+    (reason,) = problems
+    assert f"{reason}: {count}" in notes
+    return str(reason)
+
+
 TEXTS = ["the first", "the Second, 日本 ", "日", "the end"]
 
 
 @pytest.mark.parametrize(
     ("unknown", "expected"),
     [
-        (None, "characters that the tokenizer has no token for (left out): 5"),
-        ("<unk>", "places that the tokenizer has no token for (encoded as <unk>): 5"),
+        (None, r"^characters\b.*\btoken\b"),
+        ("<unk>", r"\btoken\b.*<unk>"),
     ],
 )
 def test_what_has_no_token_is_counted_and_reported(
     tmp_path: Path, unknown: str | None, expected: str
 ) -> None:
-    assert expected in run(tmp_path, letters(unk_token=unknown), TEXTS)
-    problems = json.loads((tmp_path / "out/dataset.json").read_text())["source"]["problems"]
-    assert problems == {expected.removesuffix(": 5"): 5}
+    notes = run(tmp_path, letters(unk_token=unknown), TEXTS)
+    assert re.search(expected, only_problem(tmp_path / "out", notes, 5))
 
 
 @pytest.mark.parametrize("unknown", [None, "<unk>"])
 def test_strict_ends_at_the_first_of_it_with_file_and_place(
     tmp_path: Path, unknown: str | None
 ) -> None:
-    match = r"in\.jsonl:2: the tokenizer has no token for 'S' after 'the ', and --strict"
+    match = r"in\.jsonl:2: .*'S'.*'the '.*--strict"
     with pytest.raises(DataError, match=match):
         run(tmp_path, letters(unk_token=unknown), TEXTS, strict=True)
     assert not (tmp_path / "out").exists()
@@ -81,7 +90,7 @@ def test_an_interrupted_run_counts_no_less(tmp_path: Path, monkeypatch: pytest.M
     notes: list[str] = []
     options = {"tokenizer": str(tmp_path / "t.json"), "val_fraction": 0, "resume": True}
     prepare(tmp_path / "out", [str(tmp_path / "in.jsonl")], note=notes.append, **options)
-    assert "characters that the tokenizer has no token for (left out): 5" in notes
+    assert re.search(r"^characters\b.*\btoken\b", only_problem(tmp_path / "out", notes, 5))
 
 
 def metaspace() -> Tokenizer:
@@ -159,4 +168,4 @@ def test_a_tokenizer_that_gives_up_is_an_error_that_says_so(
     arguments = [str(tmp_path / "out"), "--input", str(tmp_path / "in.txt")]
     status = main([*arguments, "--tokenizer", str(tmp_path / "t.json"), "--workers", str(workers)])
     assert status == 2
-    assert "cannot encode this text (WordLevel error: Missing" in capsys.readouterr().err
+    assert "(WordLevel error: Missing" in capsys.readouterr().err

@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -47,6 +48,15 @@ def run(out: Path, *inputs: Path | str, **options: object) -> list[str]:
     notes: list[str] = []
     prepare(out, [str(name) for name in inputs], note=notes.append, **options)  # type: ignore[arg-type]
     return notes
+
+
+def problems(folder: Path, notes: list[str], *patterns: str) -> list[int]:
+    """Return how often each problem was met, by patterns; all are told as they are recorded."""
+    found = json.loads((folder / "dataset.json").read_text())["source"]["problems"]
+    assert {f"{reason}: {count:,}" for reason, count in found.items()} <= set(notes)
+    named = [next(k for k in found if re.search(pattern, k)) for pattern in patterns]
+    assert sorted(named) == sorted(found), "each by one pattern, and no others"
+    return [found[reason] for reason in named]
 
 
 def documents(folder: Path, split: str) -> list[str]:
@@ -126,7 +136,7 @@ def test_few_documents_still_give_a_validation_split(tmp_path: Path) -> None:
     assert 0 < len(val.encode()) <= 0.01 * sum(len(text.encode()) for text in [*train, val])
     run(tmp_path / "none", tmp_path / "texts", tokenizer="bytes", val_fraction=0)
     assert len(documents(tmp_path / "none", "train")) == 6
-    with pytest.raises(DataError, match="no split 'val'"):
+    with pytest.raises(DataError, match=r"dataset\.json: .*'val'.*--val-fraction"):
         open_dataset(tmp_path / "none", "val")
 
 
@@ -140,7 +150,7 @@ def test_of_a_small_text_enough_is_held_out(tmp_path: Path, mean_bytes: int) -> 
         total += len(texts[-1])
     source = write_jsonl(tmp_path / "in.jsonl", texts)
     notes = run(tmp_path / "out", source, tokenizer="bytes")
-    assert not any("to validate on" in note for note in notes)
+    assert not of_few(notes)
     train, val = documents(tmp_path / "out", "train"), documents(tmp_path / "out", "val")
     assert len(train) + len(val) == len(texts) == len({*train, *val})
     assert 100_000 <= sum(map(len, val)) <= 0.1 * total
@@ -180,16 +190,22 @@ def test_a_text_of_20_MB_is_split_as_it_always_was(tmp_path: Path) -> None:
         assert 5 < len(found[0]) < 50
 
 
+def of_few(notes: list[str]) -> list[str]:
+    """Return what is told of a validation split that is too small."""
+    return [note for note in notes if re.search(r"\bvalidat", note)]
+
+
 def test_few_tokens_to_validate_on_are_told(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "in.jsonl", make_texts(60))
-    for fraction, remedy in ((None, "add text"), (0.02, "--val-fraction 0.1 holds out more")):
+    for fraction in (None, 0.02):
         notes = run(tmp_path / str(fraction), source, tokenizer="bytes", val_fraction=fraction)
-        (told,) = (note for note in notes if "to validate on" in note)
-        assert told.endswith(remedy)
+        (told,) = of_few(notes)
+        assert f"{open_dataset(tmp_path / str(fraction), 'val').n_tokens:,} tokens" in told
+        assert ("--val-fraction 0.1" in told) == (fraction is not None)
     val = documents(tmp_path / "None", "val")
     assert len(val) >= 3
     notes = run(tmp_path / "no", source, tokenizer="bytes", val_fraction=0)
-    assert not any("to validate on" in note for note in notes)
+    assert not of_few(notes)
 
 
 def test_a_bpe_is_trained_on_the_training_split_only(
@@ -219,12 +235,12 @@ def test_any_tokenizer_json_and_two_equal_runs(tmp_path: Path) -> None:
     )
     for path in (tmp_path / "one").iterdir():
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
-    with pytest.raises(DataError, match=r"no such tokenizer file.*bpe:N, bytes or chars"):
+    with pytest.raises(DataError, match=r"--tokenizer gpt2: .*bpe:N.*\bbytes\b.*\bchars\b"):
         run(tmp_path / "out", source, tokenizer="gpt2")
     (tmp_path / "bad.json").write_text("{}")
-    with pytest.raises(DataError, match=r"bad\.json: not a tokenizer"):
+    with pytest.raises(DataError, match=r"bad\.json: .*\btokenizers\b"):
         run(tmp_path / "out", source, tokenizer=str(tmp_path / "bad.json"))
-    for wrong, match in (("bpe:many", "expected a number"), ("bpe:100", "at least 257")):
+    for wrong, match in (("bpe:many", r"bpe:many: .*bpe:32768"), ("bpe:100", r"\b257\b.*\b100\b")):
         with pytest.raises(DataError, match=match):
             run(tmp_path / "out", source, tokenizer=wrong)
     assert not (tmp_path / "out").exists()
@@ -250,7 +266,7 @@ def test_text_that_tiktoken_splits_otherwise_is_encoded_by_tokenizers(
 
     monkeypatch.setattr(Encoder, "_compare", other)
     notes = run(tmp_path / "two", source, **options)
-    assert any("after 'x'. Encoding all of it with tokenizers" in note for note in notes)
+    assert any(re.search(r"tiktoken.*after 'x'.*\btokenizers\b", note) for note in notes)
     assert n_batches == 3
     for path in (tmp_path / "one").iterdir():
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
@@ -263,7 +279,7 @@ def test_a_tokenizer_without_an_end_of_text_is_used_and_said(tmp_path: Path) -> 
     (tmp_path / "t.json").write_text(json.dumps(state))
     source = write_jsonl(tmp_path / "in.jsonl", ["ab", "ba", "bb"])
     notes = run(tmp_path / "out", source, tokenizer=str(tmp_path / "t.json"), val_fraction=0)
-    assert any("no end-of-text token" in note for note in notes)
+    assert any("end-of-text" in note for note in notes)
     dataset = open_dataset(tmp_path / "out", "train")
     assert dataset.end_of_text is None
     assert dataset.read(0, 6).tolist() == [1, 2, 2, 1, 2, 2]
@@ -291,7 +307,7 @@ def test_compressed_input_reads_like_plain(
     run(tmp_path / "out", tmp_path / "in", tokenizer="bytes", val_fraction=0)
     assert documents(tmp_path / "out", "train") == texts
     (tmp_path / "in" / f"a.jsonl{ending}").write_bytes(b"not compressed at all")
-    with pytest.raises(DataError, match=rf"a\.jsonl\{ending}: cannot be read"):
+    with pytest.raises(DataError, match=rf"a\.jsonl\{ending}: .*\bcompressed\b"):
         run(tmp_path / "bad", tmp_path / "in", tokenizer="bytes")
 
 
@@ -317,7 +333,8 @@ def test_compressed_text_that_is_cut_off_is_refused(
         path.write_bytes(whole[:size])
         arguments = [str(tmp_path / "out"), "--input", str(path), "--tokenizer", "bytes"]
         assert main([*arguments, *["--strict"] * strict]) == 2, size
-        assert capsys.readouterr().err.startswith(f"error: {path}: cannot be read (it is cut off")
+        said = capsys.readouterr().err
+        assert re.match(rf"error: {re.escape(str(path))}: .*(cut off|truncated)", said)
         assert not (tmp_path / "out").exists()
     path.write_bytes(whole + bytes(3000) * (ending == ".gz"))  # padded, as gzip allows
     assert main(arguments) == 0
@@ -336,14 +353,11 @@ def test_parquet(tmp_path: Path) -> None:
         text_field="body",
     )
     assert documents(tmp_path / "out", "train") == texts[:600]
-    assert {note for note in notes if note.endswith("(left out): 1")} == {
-        "records without a text in 'body' (left out): 1",
-        "empty documents (left out): 1",
-    }
-    with pytest.raises(DataError, match="no column 'text'; name one: --text-field body"):
+    assert problems(tmp_path / "out", notes, "'body'", r"\bempty\b") == [1, 1]
+    with pytest.raises(DataError, match=r"t\.parquet: .*'text'.*--text-field body"):
         run(tmp_path / "no", tmp_path / "t.parquet", tokenizer="bytes")
     (tmp_path / "t.parquet").write_bytes(b"PAR1 nonsense")
-    with pytest.raises(DataError, match=r"t\.parquet: cannot be read as Parquet"):
+    with pytest.raises(DataError, match=r"t\.parquet: .*\bParquet\b"):
         run(tmp_path / "no", tmp_path / "t.parquet", tokenizer="bytes")
 
 
@@ -372,15 +386,13 @@ def test_problems_are_counted_reported_and_recorded(tmp_path: Path) -> None:
     inputs = [write_troubled(tmp_path / "in.jsonl"), *sorted(tmp_path.glob("*.txt"))]
     notes = run(tmp_path / "out", *inputs, tokenizer="bytes", val_fraction=0)
     expected = {
-        "bytes that are not valid text (replaced by U+FFFD)": 2,
-        "documents with invalid UTF-8 (the bytes replaced by U+FFFD)": 3,
-        "empty documents (left out)": 2,
-        "lines that are not a JSON object (left out)": 2,
-        "records without a text in 'text' (left out)": 2,
+        r"^bytes\b.*U\+FFFD": 2,
+        r"^documents\b.*U\+FFFD": 3,
+        r"\bempty\b": 2,
+        r"\bJSON\b": 2,
+        "'text'": 2,
     }
-    assert {f"{reason}: {count}" for reason, count in expected.items()} <= set(notes)
-    meta = json.loads((tmp_path / "out" / "dataset.json").read_text())
-    assert meta["source"]["problems"] == expected
+    assert problems(tmp_path / "out", notes, *expected) == list(expected.values())
     assert documents(tmp_path / "out", "train") == [
         "fine", "caf\ufffd", "half \ufffd pair", "fine",
         "a text that says \ufffd itself", "one\ntwo \ufffd\nthree",
@@ -390,17 +402,17 @@ def test_problems_are_counted_reported_and_recorded(tmp_path: Path) -> None:
 def test_strict_ends_at_the_first_problem_with_file_and_line(tmp_path: Path) -> None:
     content = write_troubled(tmp_path / "in.jsonl").read_bytes().split(b"\n")
     for number, match in (
-        (1, "invalid UTF-8"),
-        (2, "not a JSON"),
-        (4, "without a text"),
+        (1, "UTF-8"),
+        (2, "JSON"),
+        (4, "'text'"),
         (7, "empty"),
-        (8, "invalid UTF-8"),
+        (8, "UTF-8"),
     ):
         (tmp_path / "in.jsonl").write_bytes(b"\n".join([content[0], content[0], content[number]]))
         with pytest.raises(DataError, match=rf"in\.jsonl:3: .*{match}.*--strict"):
             run(tmp_path / "out", tmp_path / "in.jsonl", tokenizer="bytes", strict=True)
     (tmp_path / "latin.txt").write_bytes(b"one\ntwo \xe9\nthree")
-    with pytest.raises(DataError, match=r"latin\.txt:2: .*invalid UTF-8"):
+    with pytest.raises(DataError, match=r"latin\.txt:2: .*UTF-8.*--strict"):
         run(tmp_path / "out", tmp_path / "latin.txt", tokenizer="bytes", strict=True)
     assert not (tmp_path / "out").exists()
 
@@ -437,15 +449,15 @@ def test_nothing_is_overwritten_and_a_failure_leaves_nothing(
     source = write_jsonl(tmp_path / "in.jsonl", make_texts(5))
     (tmp_path / "out").mkdir()
     run(tmp_path / "out", source, tokenizer="bytes")  # an empty folder is as good as none
-    with pytest.raises(DataError, match="exists already and holds a dataset;"):
+    with pytest.raises(DataError, match=r"/out: .*\bexists\b.*\bdataset\b"):
         run(tmp_path / "out", source, tokenizer="bytes")
     before = sorted(tmp_path.rglob("*"))
     for fraction in (-0.1, 1.0, 2):
-        with pytest.raises(DataError, match="--val-fraction must be"):
+        with pytest.raises(DataError, match=rf"--val-fraction .* {re.escape(str(fraction))}\b"):
             run(tmp_path / "new", source, val_fraction=fraction)
     with pytest.raises(DataError, match="shard_tokens"):
         run(tmp_path / "new", source, tokenizer="bytes", shard_tokens=0)
-    with pytest.raises(DataError, match=r"there is no text in the input .*2 empty documents"):
+    with pytest.raises(DataError, match=r"\binput\b.*\b2 empty\b"):
         run(tmp_path / "new", write_jsonl(tmp_path / "in.jsonl", ["", ""]), tokenizer="bytes")
 
     def full(*_: object, **__: object) -> None:
@@ -453,7 +465,7 @@ def test_nothing_is_overwritten_and_a_failure_leaves_nothing(
 
     write_jsonl(tmp_path / "in.jsonl", make_texts(5))
     monkeypatch.setattr(build, "write_dataset_json", full)
-    with pytest.raises(DataError, match=r"new: cannot be written \(No space left on device\)"):
+    with pytest.raises(DataError, match=r"/new: .*\(No space left on device\)"):
         run(tmp_path / "new", source, tokenizer="bytes")
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -464,20 +476,15 @@ def test_the_command_and_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[s
     command = [out, "--input", str(source), "--tokenizer", "bpe:300", "--val-fraction", "0.09"]
     assert main(command) == 0
     shown = capsys.readouterr().out
-    assert all(part in shown for part in (f"data.path={out}", "--val-fraction 0.1 holds out"))
+    assert all(part in shown for part in (f"data.path={out}", "--val-fraction 0.1"))
     assert main(["--inspect", out]) == 0
     shown = capsys.readouterr().out
-    for part in (
-        "train: ",
-        "val: ",
-        "300 tokens in the vocabulary",
-        "most frequent",
-        "All 5 files have the SHA-256",
-    ):
-        assert part in shown
-    assert shown.count("from token") == 6
+    for part in ("^train: ", "^val: ", r"\b300 tokens\b", r"\bfrequent\b", r"\b5 files\b.*SHA-256"):
+        assert re.search(part, shown, re.MULTILINE)
+    assert len(re.findall(r"\btoken [\d,]+: ", shown)) == 6
     assert main(command) == 2
-    assert capsys.readouterr().err.startswith(f"error: {out}: exists already and holds a")
+    said = capsys.readouterr().err
+    assert re.match(rf"error: {re.escape(out)}: .*\bexists\b.*\bdataset\b", said)
     for name in ("train_000000.ends", "train_000000.bin", "tokenizer.json"):
         path = tmp_path / "out" / name
         content = path.read_bytes()
@@ -524,15 +531,17 @@ def test_inputs_are_found_sorted_once_and_unknown_endings_are_said(
     names = ["a.md", "b.txt", "c.jsonl", "d.TXT.gz", "standard input"]
     assert [Path(str(file)).name for file in files] == names
     unknown = [str(tmp_path / name) for name in ("code.py", "image.png")]
-    assert list(left_out["with an unknown ending"]) == unknown
-    assert list(left_out["named more than once"]) == [str(tmp_path / "b.txt")]
+    reasons = {tuple(names): reason for reason, names in left_out.items()}
+    assert reasons.keys() == {tuple(unknown), (str(tmp_path / "b.txt"),)}
+    assert "ending" in reasons[tuple(unknown)]
     files, _ = find_files([str(tmp_path / "**" / "*.py")])
     assert [Path(file.path).name for file in files] == ["code.py"]
     for name in ("missing.txt", "*.doc"):
-        with pytest.raises(DataError, match="no such file or folder"):
+        wanted = re.escape(f"--input {tmp_path / name}: ")
+        with pytest.raises(DataError, match=rf"^{wanted}(?!.*--input)"):
             find_files([str(tmp_path / name)])
     (tmp_path / "none").mkdir()
-    with pytest.raises(DataError, match="no file in it ends in"):
+    with pytest.raises(DataError, match=r"/none: .*\.jsonl\b.*--input '\S*/none/\*\*/\*\.py'"):
         find_files([str(tmp_path / "none")])
 
 
@@ -545,5 +554,5 @@ def test_a_missing_package_is_named(
 
     monkeypatch.setattr(inputs.importlib, "import_module", missing)
     (tmp_path / name).write_bytes(b"anything")
-    with pytest.raises(DataError, match=f"{name}: to read it run: pip install {package}"):
+    with pytest.raises(DataError, match=rf"{re.escape(name)}: .*pip install {package}\b"):
         list(Source([local_file(tmp_path / name)]).documents())

@@ -2,6 +2,7 @@
 
 import bz2
 import gzip
+import hashlib
 import io
 import json
 import lzma
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -43,6 +45,16 @@ def run(out: Path, *inputs: Path | str, **options: object) -> list[str]:
     options = {"tokenizer": "bytes", "val_fraction": 0} | options
     prepare(out, list(map(str, inputs)), note=notes.append, **options)  # type: ignore[arg-type]
     return notes
+
+
+def reason_of(left_out: dict[str, dict[str, None]], *names: str) -> str:
+    """Return why just these files were left out."""
+    (reason,) = (
+        reason
+        for reason, found in left_out.items()
+        if {Path(name).name for name in found} == {*names}
+    )
+    return reason
 
 
 def zst(content: bytes) -> bytes:
@@ -128,7 +140,11 @@ def test_documents_that_are_small_stay_where_their_hash_puts_them(tmp_path: Path
     (tmp_path / "in.jsonl").write_text("".join(lines))
     source = Source([local_file(tmp_path / "in.jsonl")])
     held = [p.where for p in Splitter(source, 0.005).pieces() if p.split == "val"]
-    hashes = [sources._measured(document)[1] for document in source.documents()]
+    digests = [
+        hashlib.sha256("".join(document.pieces()).encode()).digest()
+        for document in source.documents()
+    ]
+    hashes = [int.from_bytes(digest[:4]) / 2**32 for digest in digests]
     assert [int(where.rpartition(":")[2]) for where in held] == [
         number for number, share in enumerate(hashes, 1) if share < 0.005
     ]
@@ -142,7 +158,7 @@ def test_a_preparation_that_an_earlier_rule_began_is_not_continued(tmp_path: Pat
     asked["recipe"][0] = 1
     record.write_text(json.dumps(asked))
     assert open_dataset(tmp_path / "out", "train").n_tokens == 701  # it stays valid
-    with pytest.raises(DataError, match=r"made of something else: .*tokenizers = \[1, "):
+    with pytest.raises(DataError, match=r"/out: .*\btokenizers = \[1, "):
         run(tmp_path / "out", tmp_path / "in.txt", resume=True)
 
 
@@ -181,7 +197,7 @@ def test_json_on_any_number_of_lines_is_read_record_by_record(
     assert texts_of(path) == texts_of(tmp_path) == TEXTS
     path.write_text(path.read_text()[:-40])
     if kind == "array" or indent:
-        with pytest.raises(DataError, match=r"in\.json: record 12: not valid JSON"):
+        with pytest.raises(DataError, match=r"in\.json: record 12: .*\bJSON\b"):
             texts_of(path)
 
 
@@ -203,11 +219,11 @@ def test_the_files_in_an_archive_are_read_as_those_of_a_folder(
     path.write_bytes(content)
     assert texts_of(path) == [*TEXTS, "a plain text é\n" * 40_000, "c 0", "c 1", "c 2"]
     notes = run(tmp_path / "out", path)
-    assert any(line.startswith("files in archives") and line.endswith(": 1") for line in notes)
+    assert any(re.search(r"\barchives\b.*: 1$", line) for line in notes)
     assert open_dataset(tmp_path / "out", "train").n_documents == len(TEXTS) + 4
     outer = tmp_path / "outer.tar"
     outer.write_bytes(tar({"in.zip": zipped({"a.txt": b"a"})}))
-    with pytest.raises(DataError, match="an archive within an archive"):
+    with pytest.raises(DataError, match=r"/in\.zip: .*\barchive\b.*/outer\.tar"):
         texts_of(outer)
 
 
@@ -235,10 +251,10 @@ def test_what_is_not_text_is_refused_by_name_and_left_out_of_a_folder(tmp_path: 
     folder.mkdir()
     (folder / "a.txt").write_text("a text")
     for name, content, why in (
-        ("x.pdf", b"%PDF-1.7\n", "a PDF document"),
-        ("x.7z", b"7z\xbc\xaf\x27\x1c\x00", "a 7-Zip archive"),
-        ("x.lz4", b"\x04\x22\x4d\x18aaaa", "compressed by lz4"),
-        ("x.bin", bytes(range(256)) * 50, "binary data"),
+        ("x.pdf", b"%PDF-1.7\n", "PDF"),
+        ("x.7z", b"7z\xbc\xaf\x27\x1c\x00", "7-Zip"),
+        ("x.lz4", b"\x04\x22\x4d\x18aaaa", "lz4"),
+        ("x.bin", bytes(range(256)) * 50, "binary"),
     ):
         (folder / name).write_bytes(content)
         with pytest.raises(DataError, match=rf"{name}: .*{why}"):
@@ -247,13 +263,12 @@ def test_what_is_not_text_is_refused_by_name_and_left_out_of_a_folder(tmp_path: 
     (folder / "package.json").write_text('{\n "name": "x"\n}\n')
     files, left_out = find_files([str(folder)])
     assert [Path(file.path).name for file in files] == ["a.txt", "package.json"]
-    assert {reason: len(names) for reason, names in left_out.items()} == {
-        "not text": 4,
-        "with an unknown ending": 1,
-    }
+    assert len(left_out) == 2
+    assert "text" in reason_of(left_out, "x.7z", "x.bin", "x.lz4", "x.pdf")
+    assert "ending" in reason_of(left_out, "code.py")
     assert texts_of(folder / "code.py") == ["x = {}\n"]
     (folder / "x.json").write_text("some words")
-    with pytest.raises(DataError, match=r"x\.json: not JSON, as its name says; .*--format text"):
+    with pytest.raises(DataError, match=r"x\.json: .*\bJSON\b.*--format text"):
         texts_of(folder / "x.json")
     assert texts_of(folder / "x.json", format="text") == ["some words"]
 
@@ -286,7 +301,7 @@ def test_a_tar_archive_that_is_cut_or_damaged_is_refused(
         "behind": whole + b"more" * 128,
     }[at]
     (tmp_path / "in").write_bytes(pack(content))
-    with pytest.raises(DataError, match=r"in: cannot be read .*(cut off|damaged at byte)"):
+    with pytest.raises(DataError, match=r"/in: .*\barchive\b.*(\bend\b|\bbyte \d)"):
         texts_of(tmp_path / "in")
 
 
@@ -302,7 +317,7 @@ def test_tar_archives_one_after_another_are_all_read(
 def test_a_gzip_checksum_behind_the_end_of_a_tar_archive_is_verified(tmp_path: Path) -> None:
     content = gzip.compress(tar(SIX))
     (tmp_path / "in").write_bytes(flipped(content, len(content) - 8))
-    with pytest.raises(DataError, match=r"in: cannot be read .*CRC"):
+    with pytest.raises(DataError, match=r"/in: .*CRC"):
         texts_of(tmp_path / "in")
 
 
@@ -314,8 +329,10 @@ def test_what_follows_a_compressed_stream_is_another_or_refused(tmp_path: Path, 
     assert texts_of(path) == ["first\n" * 99 + "second\n" * 99]
     for rest in (flipped(second, 0), flipped(second, 2), b"other bytes", second[:-9]):
         path.write_bytes(first + rest)
-        with pytest.raises(DataError, match=r"in\.txt.*: cannot be read"):
+        with pytest.raises(DataError, match=rf"in\.txt\{kind}: ") as refused:
             texts_of(path)
+        causes = (OSError, EOFError, zlib.error, lzma.LZMAError)  # of what unpacks it
+        assert isinstance(refused.value.__cause__, causes)
     if kind == ".xz":
         path.write_bytes(first + bytes(8) + second + bytes(4))
         assert texts_of(path) == ["first\n" * 99 + "second\n" * 99]
@@ -369,12 +386,12 @@ def test_one_rule_says_which_files_a_folder_and_a_glob_mean(tmp_path: Path) -> N
     ):
         assert sorted(texts_of(*names)) == expected, names
     _, left_out = find_files([str(folder)])
-    assert {Path(name).name for name in left_out["hidden"]} == {".git", "._a.txt", ".d.txt"}
-    assert {Path(name).name for name in left_out["named more than once"]} == {"e.txt", "z.txt"}
+    assert "hidden" in reason_of(left_out, ".git", "._a.txt", ".d.txt")
+    assert reason_of(left_out, "e.txt", "z.txt")
     assert texts_of(folder / "._a.txt") == ["._a.txt"]  # it is named
     notes = run(tmp_path / "ds", folder)
-    assert notes[0].startswith("Found 3 files (")
-    assert "3 hidden: " in notes[0]
+    assert " 3 files " in notes[0]
+    assert "3 hidden" in notes[0]
 
 
 def test_a_glob_lists_what_is_hidden_and_refuses_folders_it_cannot_list(
@@ -385,7 +402,9 @@ def test_a_glob_lists_what_is_hidden_and_refuses_folders_it_cannot_list(
         (tmp_path / name).write_text(name)
     files, left_out = find_files([f"{tmp_path}/*/*.txt"])
     assert [Path(file.path).name for file in files] == ["one.txt", "two.txt"]
-    assert left_out == {"hidden": {f"{tmp_path}/b/.three.txt": None}}
+    ((reason, names),) = left_out.items()
+    assert "hidden" in reason
+    assert list(names) == [f"{tmp_path}/b/.three.txt"]
     listed = os.listdir
 
     def refusing(folder: Path) -> list[str]:
@@ -395,7 +414,7 @@ def test_a_glob_lists_what_is_hidden_and_refuses_folders_it_cannot_list(
 
     monkeypatch.setattr(os, "listdir", refusing)
     for pattern in ("*/*.txt", "**/*.txt"):
-        with pytest.raises(DataError, match=r"/b: cannot be listed \(Permission denied\)"):
+        with pytest.raises(DataError, match=r"/b: .*\(Permission denied\)"):
             find_files([f"{tmp_path}/{pattern}"])
 
 
@@ -422,9 +441,10 @@ def test_what_is_left_out_of_an_archive_is_told_with_its_name(tmp_path: Path, ki
     (tmp_path / "in").write_bytes(packed.getvalue())
     assert texts_of(tmp_path / "in") == ["../a.txt", "c.txt"]
     notes = run(tmp_path / "out", tmp_path / "in")
-    for name, reason in ((".hidden/b.txt", "hidden"), ("link.txt", "a link")):
-        assert f"Left out {tmp_path}/in/{name}: {reason}" in notes
-        assert f"files in archives: {reason} (left out): 1" in notes
+    for name, reason in ((".hidden/b.txt", "hidden"), ("link.txt", "link")):
+        told = rf"{re.escape(f'{tmp_path}/in/{name}')}: .*\b{reason}\b"
+        assert any(re.search(told, note) for note in notes)
+        assert any(re.search(rf"\barchives\b.*\b{reason}\b.*: 1$", note) for note in notes)
 
 
 def test_names_that_no_user_or_pattern_has_are_files_or_refused(
@@ -433,11 +453,11 @@ def test_names_that_no_user_or_pattern_has_are_files_or_refused(
     monkeypatch.chdir(tmp_path)
     Path("~nobody-of-this-name.txt").write_text("a text")
     assert texts_of("~nobody-of-this-name.txt") == ["a text"]
-    for name, problem in (("~no-such-user/x", "no such file"), ("", "names nothing")):
-        with pytest.raises(DataError, match=problem):
+    for name, told in (("~no-such-user/x", "~no-such-user/x: "), ("", r"'': .*--input \.$")):
+        with pytest.raises(DataError, match=f"--input {told}"):
             find_files([name])
     pytest.importorskip("fsspec", reason="needs the extra remote")
-    with pytest.raises(DataError, match="stands for whole folders"):
+    with pytest.raises(DataError, match=r"--input \S*/\*\*\.jsonl: .*\*\*/\*\.jsonl"):
         find_files([f"file://{tmp_path}/**.jsonl"])
 
 
@@ -446,13 +466,13 @@ def test_what_cannot_be_read_is_an_error_that_names_it(tmp_path: Path) -> None:
     (tmp_path / "in/a.txt").write_text("a")
     (tmp_path / "in/b.txt").symlink_to("nowhere")
     for name in (f"{tmp_path}/in", f"{tmp_path}/in/*", f"{tmp_path}/in/b.txt"):
-        with pytest.raises(DataError, match=r"b\.txt: links to 'nowhere', which does not exist"):
+        with pytest.raises(DataError, match=r"b\.txt: .*'nowhere'"):
             find_files([name])
     (tmp_path / "in/b.txt").unlink()
     (tmp_path / "in/b.txt").write_text("b")
     if os.getuid():
         (tmp_path / "in/b.txt").chmod(0)
-        with pytest.raises(DataError, match=r"b\.txt: cannot be read \(.*Permission denied"):
+        with pytest.raises(DataError, match=r"b\.txt: .*Permission denied"):
             find_files([f"{tmp_path}/in"])
 
 
@@ -473,7 +493,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(
     else:
         (tmp_path / "new").write_text(path.read_text().replace("line", "LINE"))
         os.replace(tmp_path / "new", path)
-    with pytest.raises(DataError, match=rf"in\.{kind}: changed while it was read"):
+    with pytest.raises(DataError, match=rf"in\.{kind}: .*\bchanged\b"):
         list(pieces)
 
 
@@ -549,12 +569,12 @@ def test_another_encoding_is_refused_until_it_is_named(
         ("in.jsonl", json.dumps({"text": text}, ensure_ascii=False) + "\n"),
     ):
         (tmp_path / name).write_bytes(content.encode(encoding))
-        with pytest.raises(DataError, match=rf"{name}: not UTF-8: .*%\) .*--encoding"):
+        with pytest.raises(DataError, match=rf"{name}: .*\bUTF-8\b.*%\).*--encoding "):
             texts_of(tmp_path / name)
         assert texts_of(tmp_path / name, encoding=encoding) == [text]
         replaced = texts_of(tmp_path / name, encoding="utf-8")
         assert "\ufffd" in replaced[0]
-    with pytest.raises(DataError, match="--encoding nonsense: there is no such encoding"):
+    with pytest.raises(DataError, match="--encoding nonsense: "):
         run(tmp_path / "out", tmp_path / "in.txt", encoding="nonsense")
 
 
@@ -568,9 +588,9 @@ def test_few_bad_bytes_are_counted_and_many_behind_a_good_beginning_refused(
     path.write_bytes(line * 10_000 + bad * 3)
     notes = run(tmp_path / "few", path)
     n_bytes = open_dataset(tmp_path / "few", "train").n_bytes
-    assert notes[1].endswith(f"bad bytes: 6 ({600 / n_bytes:.2g} %)")
+    assert notes[1].endswith(f" 6 ({600 / n_bytes:.2g} %)")
     path.write_bytes(line * 10_000 + bad * 3000)
-    with pytest.raises(DataError, match=rf"in\.{kind}: not UTF-8: 6,000 of .*--encoding NAME"):
+    with pytest.raises(DataError, match=rf"in\.{kind}: .*\b6,000\b.*--encoding NAME"):
         run(tmp_path / "many", path)
 
 
@@ -580,7 +600,7 @@ def test_an_encoding_of_seven_bits_is_refused_until_it_is_named(
 ) -> None:
     text = ("한국어 문장. " if encoding == "iso2022_kr" else "日本語の文章。") * 20
     (tmp_path / "in.txt").write_bytes(f"Plain\n{text}\n".encode(encoding))
-    with pytest.raises(DataError, match=r"in\.txt: .* as --encoding iso2022_"):
+    with pytest.raises(DataError, match=r"in\.txt: .*--encoding iso2022_"):
         texts_of(tmp_path / "in.txt")
     assert texts_of(tmp_path / "in.txt", encoding=encoding) == [f"Plain\n{text}\n"]
 
@@ -590,11 +610,12 @@ def test_records_in_another_encoding_are_refused_in_a_folder_too(tmp_path: Path)
     lines = json.dumps({"text": "déjà vu"}, ensure_ascii=False) + "\n"
     (tmp_path / "b.json").write_bytes((lines * 9).encode("latin-1"))
     (tmp_path / "c.json").write_text("// a comment, as in tsconfig.json\n{}\n")
-    with pytest.raises(DataError, match=r"b\.json: not UTF-8: .*--encoding"):
+    with pytest.raises(DataError, match=r"b\.json: .*\bUTF-8\b.*--encoding"):
         find_files([str(tmp_path)])
     files, left_out = find_files([str(tmp_path)], encoding="latin-1")
     assert [Path(file.path).name for file in files] == ["a.txt", "b.json"]
-    assert left_out == {"not JSON": {str(tmp_path / "c.json"): None}}
+    assert len(left_out) == 1
+    assert "JSON" in reason_of(left_out, "c.json")
 
 
 @pytest.mark.parametrize("kind", ["txt", "txt.gz", "tar"])
@@ -607,7 +628,7 @@ def test_a_bad_byte_far_into_a_file_is_told_with_its_line(tmp_path: Path, kind: 
     where = f"{path}/in.txt" if kind == "tar" else str(path)
     with pytest.raises(DataError, match=rf"^{re.escape(where)}:40001: .*--strict"):
         run(tmp_path / "out", path, strict=True)
-    assert "bad bytes: 2 (" in run(tmp_path / "out", path)[1]
+    assert re.search(r" 2 \(\S+ %\)", run(tmp_path / "out", path)[1])
 
 
 def test_a_named_encoding_is_that_of_files_which_do_not_show_another(tmp_path: Path) -> None:
@@ -624,11 +645,11 @@ def test_a_named_encoding_is_that_of_files_which_do_not_show_another(tmp_path: P
 def test_nul_bytes_behind_a_good_beginning_are_bad_bytes(tmp_path: Path, more: bytes) -> None:
     path = tmp_path / "in.txt"
     path.write_bytes(b"fine and good\n" * 7_000 + more)
-    with pytest.raises(DataError, match=r"in\.txt: not UTF-8: .*--encoding NAME"):
+    with pytest.raises(DataError, match=r"in\.txt: .*\bUTF-8\b.*--encoding NAME"):
         texts_of(path)
     path.write_bytes(b"fine and good\n" * 7_000 + more[:6].replace(b"w", b"a"))
     notes = run(tmp_path / "few", path)
-    assert f"bad bytes: {more[:6].count(0)} (" in notes[1]
+    assert re.search(rf" {more[:6].count(0)} \(\S+ %\)", notes[1])
 
 
 @pytest.mark.parametrize("separator", ["<|endoftext|>", "</s>", "<|im_end|>"])
@@ -641,9 +662,9 @@ def test_separators_in_the_text_are_told_and_end_documents_if_asked_for(
     path = tmp_path / f"in.{kind}"
     path.write_text(json.dumps({"text": text}) + "\n" if kind == "jsonl" else text)
     notes = run(tmp_path / "one", path)
-    (told,) = (line for line in notes if line.startswith("The text holds"))
+    (told,) = (line for line in notes if "--separator" in line)
     assert f"--separator '{separator}'" in told
-    assert f"{separator} in the text: 50" in notes
+    assert any(re.search(rf"{re.escape(separator)} .*: 50$", line) for line in notes)
     assert texts_of(path) == [text]
     assert texts_of(path, separator=separator) == parts
     notes = run(tmp_path / "many", path, separator=separator)
@@ -653,13 +674,14 @@ def test_separators_in_the_text_are_told_and_end_documents_if_asked_for(
 
 def test_a_separator_in_the_middle_of_a_long_text_is_told(tmp_path: Path) -> None:
     (tmp_path / "in.txt").write_text("a line\n" * 5000 + "<|endoftext|>" + "a line\n" * 5000)
-    assert "<|endoftext|> in the text: 1" in run(tmp_path / "out", tmp_path / "in.txt")
+    notes = run(tmp_path / "out", tmp_path / "in.txt")
+    assert any(re.search(r"<\|endoftext\|> .*: 1$", line) for line in notes)
 
 
 @pytest.mark.parametrize("encoding", ["undefined", "idna", "punycode"])
 def test_a_codec_that_is_no_encoding_of_texts_is_refused(tmp_path: Path, encoding: str) -> None:
     (tmp_path / "in.txt").write_text("a text")
-    with pytest.raises(DataError, match=f"--encoding {encoding}: there is no such encoding"):
+    with pytest.raises(DataError, match=f"--encoding {encoding}: "):
         run(tmp_path / "out", tmp_path / "in.txt", encoding=encoding)
 
 
@@ -669,7 +691,9 @@ def test_an_encoding_that_needs_a_mark_is_refused_without_one(
 ) -> None:
     (tmp_path / "in.txt").write_text("a text é")
     for format in ("auto", "text"):
-        with pytest.raises(DataError, match=rf"in\.txt: has no byte order mark.*{encoding}-le"):
+        with pytest.raises(
+            DataError, match=rf"in\.txt: .*--encoding {encoding}\b.*\b{encoding}-le\b"
+        ):
             texts_of(tmp_path / "in.txt", encoding=encoding, format=format)
 
 
@@ -693,11 +717,10 @@ def test_the_end_of_a_line_in_a_separator_may_be_that_of_windows(
 
 def test_a_separator_that_the_text_does_not_hold_is_told(tmp_path: Path) -> None:
     (tmp_path / "in.txt").write_text("one<eos>two")
-    told = "ends no document: the text does not hold it"
     notes = run(tmp_path / "none", tmp_path / "in.txt", separator="</s>")
-    assert [line for line in notes if told in line] == [f"--separator '</s>' {told}"]
+    assert len([line for line in notes if "--separator '</s>'" in line]) == 1
     notes = run(tmp_path / "some", tmp_path / "in.txt", separator="<eos>")
-    assert not any(told in line for line in notes)
+    assert not any("--separator" in line for line in notes)
 
 
 # ------------------------------------------------------------------ records
@@ -706,17 +729,17 @@ def test_a_separator_that_the_text_does_not_hold_is_told(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("record", "told"),
     [
-        ({"content": "x", "id": 1}, r"content \(text\), id \(number\); .*--text-field content"),
-        ({"data": {"text": "x"}}, r"data\.text \(text\); .*--text-field data\.text"),
-        ({"text": ["x"]}, r"text \(list\); .*--text-field NAME"),
-        ({"text": None, "body": "x"}, r"text \(null\), body \(text\); .*--text-field body"),
+        ({"content": "x", "id": 1}, r"content \(text\), id \(number\).*--text-field content"),
+        ({"data": {"text": "x"}}, r"data\.text \(text\).*--text-field data\.text"),
+        ({"text": ["x"]}, r"text \(list\).*--text-field NAME"),
+        ({"text": None, "body": "x"}, r"text \(null\), body \(text\).*--text-field body"),
     ],
 )
 def test_where_no_record_has_a_text_the_fields_that_are_there_are_named(
     tmp_path: Path, record: dict[str, object], told: str
 ) -> None:
     (tmp_path / "in.jsonl").write_text((json.dumps(record) + "\n") * 9)
-    with pytest.raises(DataError, match=rf"no text in the input .*: the first record has {told}"):
+    with pytest.raises(DataError, match=rf"\b9\b.*'text'.*{told}"):
         run(tmp_path / "out", tmp_path / "in.jsonl")
     if "data" in record:
         run(tmp_path / "out", tmp_path / "in.jsonl", text_field="data.text")
@@ -730,13 +753,11 @@ def test_a_file_without_a_text_beside_others_that_have_one_is_named(tmp_path: Pa
     (folder / "b.jsonl").write_text('{"body": "lost", "id": 1}\n' * 3)
     (folder / "c.json").write_text('{\n "name": "x"\n}\n')
     notes = run(tmp_path / "out", folder)
-    named = [line for line in notes if line.startswith("No record has a text")]
-    b = folder / "b.jsonl"
-    assert named == [
-        f"No record has a text in 'text' in {b} (it has body (text), id (number)), nor in 1 other "
-        "file"
-    ]
-    assert "records without a text in 'text' (left out): 5" in notes
+    b = str(folder / "b.jsonl")
+    (named,) = (line for line in notes if b in line)
+    fields = r"body \(text\), id \(number\)"
+    assert re.search(rf"'text'.*{re.escape(b)}.*{fields}.*\b1 other file\b", named)
+    assert any(re.search(r"'text'.*: 5$", line) for line in notes)
 
 
 def test_a_document_of_which_the_end_is_held_out_counts_once(tmp_path: Path) -> None:
@@ -745,7 +766,7 @@ def test_a_document_of_which_the_end_is_held_out_counts_once(tmp_path: Path) -> 
     for name in "abc":
         (folder / f"{name}.txt").write_text(f"a line of {name}\n" * 2000)
     notes = run(tmp_path / "out", folder, val_fraction=0.1)
-    assert ", 3 documents, " in notes[1]
+    assert " 3 documents" in notes[1]
     held_out = open_dataset(tmp_path / "out", "val").n_documents
     assert open_dataset(tmp_path / "out", "train").n_documents + held_out > 3
     for number in (1, 2):
@@ -773,14 +794,14 @@ def test_columns_of_parquet_are_text_or_named_by_their_type(tmp_path: Path) -> N
         assert texts_of(path) == TEXTS
     invalid = pa.array([b"\xe9\xe8"] * len(TEXTS)).view(pa.string())
     write(invalid)
-    with pytest.raises(DataError, match=r"in\.parquet: cannot be read \('utf-8' codec"):
+    with pytest.raises(DataError, match=r"in\.parquet: .*\('utf-8' codec"):
         texts_of(path)
     two = pa.Table.from_arrays([pa.array(TEXTS)] * 2, names=["text", "text"])
     parquet.write_table(two, path)
-    with pytest.raises(DataError, match="several columns 'text'"):
+    with pytest.raises(DataError, match=r"in\.parquet: .*\bcolumns\b.*'text'"):
         texts_of(path)
     write(pa.array([{"raw": text} for text in TEXTS]))
-    with pytest.raises(DataError, match=r"holds struct<.*--text-field text\.raw"):
+    with pytest.raises(DataError, match=r"'text'.*\bstruct<.*--text-field text\.raw"):
         texts_of(path)
     source = Source(find_files([str(path)]).files, field="text.raw")
     assert ["".join(document.pieces()) for document in source.documents()] == TEXTS
@@ -789,11 +810,11 @@ def test_columns_of_parquet_are_text_or_named_by_their_type(tmp_path: Path) -> N
         (pa.array(range(12)), "int64"),
     ):
         write(column)
-        with pytest.raises(DataError, match=f"column 'text' holds {kind}.*--text-field"):
+        with pytest.raises(DataError, match=rf"'text'.*\b{kind}\b.*--text-field"):
             texts_of(path)
     write(pa.array(TEXTS))
     write(pa.array([text.encode() for text in TEXTS]), tmp_path / "second.parquet")
-    with pytest.raises(DataError, match=r"second\.parquet: .*binary in others; --encoding utf-8"):
+    with pytest.raises(DataError, match=r"second\.parquet: .*\bbinary\b.*--encoding utf-8"):
         texts_of(tmp_path)
     assert texts_of(tmp_path, encoding="utf-8") == TEXTS * 2
 
@@ -809,9 +830,7 @@ def test_a_record_that_has_no_end_is_refused_before_it_fills_the_memory(
         gzip.compress((f"[{first}, {long}]" if kind == "array" else f"{first}\n{long}\n").encode())
     )
     options = {"format": "text", "separator": "<eos>"} if kind == "separator" else {}
-    with pytest.raises(
-        DataError, match=r"in:( record )?[12]: (a (line|record) of )?more than 1 MiB"
-    ):
+    with pytest.raises(DataError, match=r"in:( record )?[12]: .*\b1 MiB\b"):
         texts_of(tmp_path / "in", **options)
 
 
@@ -820,7 +839,7 @@ def test_zstd_with_a_long_window_is_told_how_to_be_unpacked(tmp_path: Path) -> N
     # A frame whose header asks for a window of 2 GiB, with one raw block.
     frame = b"\x28\xb5\x2f\xfd" + bytes([0x00, 21 << 3]) + b"\x29\x00\x00hello"
     (tmp_path / "in.txt.zst").write_bytes(frame)
-    with pytest.raises(DataError, match=r"in\.txt\.zst: .*window .*: zstd -d --long=31"):
+    with pytest.raises(DataError, match=r"in\.txt\.zst: .*\bwindow\b.*zstd -d --long=31"):
         texts_of(tmp_path / "in.txt.zst")
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -84,9 +85,12 @@ def test_merged_parts_are_what_one_run_makes(
     notes: list[str] = []
     merge(tmp_path / "out", note=notes.append)
     assert content(tmp_path / "out") == content(tmp_path / "whole")
-    told = [line for line in whole if not line.startswith(("Wrote", "Training", "Found"))]
+    # All but what was found, the training of a BPE, and what was written.
+    told = whole[2 if options["tokenizer"] == "bpe:300" else 1 : -1]
     assert notes[:-1] == told
-    assert len([line for line in told if "left out" in line]) == 3
+    problems = json.loads((tmp_path / "out/dataset.json").read_text())["source"]["problems"]
+    assert len(problems) == 3
+    assert {f"{reason}: {count:,}" for reason, count in problems.items()} <= set(told)
     assert open_dataset(tmp_path / "out", "train").n_documents > 50  # hashes fit
 
 
@@ -154,21 +158,22 @@ def test_the_command_with_a_part_killed_and_resumed(tmp_path: Path) -> None:
 
     asked = ("--input", source, "--tokenizer", "bpe:300", "--shard-tokens", "777")
     said = run(*asked, "--shard-of", "1/2")
-    assert f"When all parts are there: python -m fasttrain.prepare {out} --merge" in said
+    assert f"python -m fasttrain.prepare {out} --merge" in said
     run(*asked, "--shard-of", "2/2", status=-signal.SIGKILL, KILLED="1")
-    assert "parts: has 1-of-2, not 1-of-N to N-of-N; make" in run("--merge", status=2)
+    assert re.search(r"out\.parts: .*\b1-of-2\b.*\b1-of-N\b", run("--merge", status=2))
     said = run(*asked, "--shard-of", "2/2", "--resume")
-    assert "Continuing with what an interrupted run left" in said
+    assert re.search(r"^(Continu|Resum)ing .*\.partial", said, re.MULTILINE)
     said = run("--merge")
-    assert f"{out}.parts is no longer needed" in said
+    assert f"{out}.parts" in said
     assert f"data.path={out}" in said
     assert content(tmp_path / "out") == content(tmp_path / "whole")
-    assert "complete already" in run("--merge", "--resume")
-    assert "exists already and holds a dataset" in run("--merge", status=2)
+    complete = rf"{re.escape(out)}\b.*\bcomplete\b"
+    assert re.search(complete, run("--merge", "--resume"))
+    assert re.search(r"/out: .*\bexists\b.*\bdataset\b", run("--merge", status=2))
     shutil.rmtree(f"{out}.parts")
-    assert "is complete already" in run(*asked, "--resume")  # as if one machine had made it
+    assert re.search(complete, run(*asked, "--resume"))  # as if one machine had made it
     for wrong in (("--merge", "--input", source), ("--merge", "--shard-of", "1/2")):
-        assert "--merge makes OUT of its parts" in run(*wrong, status=2)
+        assert re.search("error: .*--merge.*--input.*--shard-of", run(*wrong, status=2))
 
 
 def test_a_merge_that_fails_can_be_repeated(
@@ -189,7 +194,7 @@ def test_a_merge_that_fails_can_be_repeated(
 
     with monkeypatch.context() as patched:
         patched.setattr(ShardWriter, "write", full)
-        with pytest.raises(DataError, match=r"out: cannot be written \(No space left"):
+        with pytest.raises(DataError, match=r"/out: .*\(No space left"):
             merge(tmp_path / "out")
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"cache", "in", "out.parts", "whole"}
@@ -201,37 +206,35 @@ def test_parts_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
     source, parts = write_inputs(tmp_path), tmp_path / "out.parts"
     out = tmp_path / "out"
     for wrong in ("0/2", "3/2", "2", "a/b", "-1/2"):
-        with pytest.raises(DataError, match=f"--shard-of {wrong}: expected I/N"):
+        with pytest.raises(DataError, match=f"--shard-of {wrong}: .*I/N"):
             make(out, source, shard_of=wrong)
-    with pytest.raises(DataError, match=r"out\.parts: has no parts, not 1-of-N to N-of-N; make"):
+    with pytest.raises(DataError, match=r"out\.parts: \D*\b1-of-N\b"):
         merge(out)
     make(out, source, shard_of="1/2")
-    with pytest.raises(DataError, match=r"out\.parts: has 1-of-2, not"):
+    with pytest.raises(DataError, match=r"out\.parts: .*\b1-of-2\b.*\b1-of-N\b"):
         merge(out)
     make(out, source, shard_of="1/3")
-    with pytest.raises(DataError, match=r"out\.parts: has 1-of-2, 1-of-3, not"):
+    with pytest.raises(DataError, match=r"out\.parts: .*\b1-of-2, 1-of-3\b.*\b1-of-N\b"):
         merge(out)
     shutil.rmtree(parts / "1-of-3")
     for options, match in (
-        ({"shard_tokens": 5}, "shard_tokens = 5, this one has 1000"),
-        ({"tokenizer": "chars"}, "tokenizer = 'chars', this one has 'bytes'"),
+        ({"shard_tokens": 5}, r"shard_tokens = 5\b.*\b1000\b"),
+        ({"tokenizer": "chars"}, "tokenizer = 'chars'.*'bytes'"),
     ):
         make(out, source, shard_of="2/2", **options)
-        with pytest.raises(
-            DataError, match=f"2-of-2: not of the dataset of 1-of-2: it had {match}"
-        ):
+        with pytest.raises(DataError, match=rf"2-of-2: .*\b1-of-2\b.*\b{match}"):
             merge(out)
         shutil.rmtree(parts / "2-of-2")
     shutil.copytree(parts / "1-of-2", parts / "2-of-2")
-    with pytest.raises(DataError, match="2-of-2: not of the dataset of 1-of-2: it had part = 1/2"):
+    with pytest.raises(DataError, match=r"2-of-2: .*\b1-of-2\b.*\bpart = 1/2"):
         merge(out)
     shutil.rmtree(parts / "2-of-2")
     make(out, source, shard_of="2/2")
     for name, match in (
-        ("train_000001.bin", r"train_000001\.bin: its SHA-256 is"),
-        ("val_000000.ends", r"val_000000\.ends: not the document ends"),
-        ("tokenizer.json", r"tokenizer\.json: not the tokenizer"),
-        ("prepared.json", r"prepared\.json: not valid JSON"),
+        ("train_000001.bin", r"train_000001\.bin: .*SHA-256"),
+        ("val_000000.ends", r"val_000000\.ends: .*val_000000\.bin"),
+        ("tokenizer.json", r"tokenizer\.json: .*SHA-256"),
+        ("prepared.json", r"prepared\.json: .*\bJSON\b"),
     ):
         damaged = parts / "2-of-2" / name
         kept = damaged.read_bytes()
@@ -242,7 +245,7 @@ def test_parts_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
     meta = json.loads((parts / "2-of-2/dataset.json").read_text())
     meta["tokenizer"]["sha256"] = "0" * 64
     (parts / "2-of-2/dataset.json").write_text(json.dumps(meta))
-    with pytest.raises(DataError, match=r"2-of-2: not of .* it had another tokenizer"):
+    with pytest.raises(DataError, match=r"2-of-2: .*\b1-of-2\b.*\btokenizer\b"):
         merge(out)
     assert not out.exists()
 
@@ -257,7 +260,7 @@ def test_a_part_that_tiktoken_splits_otherwise_is_not_encoded_in_another_way_tha
 
     monkeypatch.setattr(Encoder, "_compare", other)
     source = write_inputs(tmp_path)
-    with pytest.raises(DataError, match="make all parts anew where tiktoken is not installed"):
+    with pytest.raises(DataError, match=r"tiktoken.*after 'x'.*\bparts\b.*tiktoken"):
         make(tmp_path / "out", source, tokenizer="bpe:300", shard_of="1/2")
 
 
@@ -281,10 +284,10 @@ def test_parts_and_dataset_come_to_an_address_however_often_the_copies_are_inter
             n_points += 1
             if (folder / "dataset.json").exists():  # cut off itself
                 assert point.n_done == n + 1
-                with pytest.raises(DataError, match=r"dataset\.json: not valid JSON"):
+                with pytest.raises(DataError, match=r"dataset\.json: .*\bJSON\b"):
                     open_dataset(f"faulty://{folder}", "train")
             elif folder.parent != there:
-                with pytest.raises(DataError, match=r"out\.parts: has .*not 1-of-N"):
+                with pytest.raises(DataError, match=r"out\.parts: .*\b1-of-N\b"):
                     merge(address)
 
     for number in (1, 2):

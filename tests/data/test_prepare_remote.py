@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -139,7 +140,7 @@ def test_http_globs_and_folders_give_the_bytes_of_local_ones(
 ) -> None:
     make(tmp_path / "local", corpus)
     notes = make(tmp_path / "remote", f"{web.url}/")
-    assert "left out 1 with an unknown ending: picture.png" in notes[0]
+    assert re.search(r"\b1 .*\bending\b.*picture\.png", notes[0])
     assert content(tmp_path / "local") == content(tmp_path / "remote")
     for pattern in ("**/*.txt", "*/*.*", "*.parquet", "a*/*.jsonl", "**/*[!g]"):
         here, _ = find_files([f"{corpus}/{pattern}"])
@@ -149,7 +150,7 @@ def test_http_globs_and_folders_give_the_bytes_of_local_ones(
     both, _ = find_files([f"{web.url}/five.md", str(corpus / "five.md"), f"{web.url}/*.md"])
     assert list(map(str, both)) == [f"{web.url}/five.md", str(corpus / "five.md")]
     for name in ("none.txt", "*.doc"):
-        with pytest.raises(DataError, match=r"none\.txt: info failed|--input .*no file matches it"):
+        with pytest.raises(DataError, match=r"none\.txt: info |--input \S*/\*\.doc: "):
             find_files([f"{web.url}/{name}"])
 
 
@@ -186,7 +187,7 @@ def test_a_dataset_of_the_hugging_face_hub(
         assert not hub.faults
         hub.ranges = False
         inputs_module._range.cache_clear()
-        with pytest.raises(DataError, match=r"seven\.parquet: cat_file failed \(OSError: of bytes"):
+        with pytest.raises(DataError, match=r"seven\.parquet: cat_file .*\(OSError: .*\bbytes\b"):
             make(tmp_path / "out", "hf://datasets/owner/name/seven.parquet")
         assert {"Bearer hf_ofNobody"} == {h["Authorization"] for h in hub.headers}
 
@@ -240,8 +241,8 @@ def test_what_fails_for_good_is_an_error_and_then_done_again_is_whole(
     server.faults[:] = ["", *["500"] * 999]
     assert main(command) == 2
     said = capsys.readouterr().err
-    assert f"error: {address}: cat_file failed (" in said
-    assert "check the network; 5 attempts failed" in said
+    assert f"error: {address}: cat_file " in said
+    assert re.search(r"\bnetwork\b.*\b5 ", said)
     assert not (tmp_path / "out").exists()
     server.faults.clear()
     assert main([*command, "--resume"]) == 0
@@ -279,16 +280,16 @@ def test_a_run_that_broke_off_continues(
     with monkeypatch.context() as patched:
         patched.setattr(build, "encoded", breaking)
         assert main([*command, *inputs("first")]) == 2
-    assert f"{web.url}/seven.parquet: cat_file failed" in capsys.readouterr().err
+    assert f"{web.url}/seven.parquet: cat_file " in capsys.readouterr().err
     assert '"batches"' in (progress := tmp_path / ".out.partial/progress.json").read_text()
     assert "sig" not in progress.read_text()
     web.fails_always = ""
     web.added_length = 1  # another file by now
     assert main([*command, *inputs("second")]) == 2
-    assert f"had file {web.url}/a/one.txt = [" in capsys.readouterr().err
+    assert f"file {web.url}/a/one.txt = [" in capsys.readouterr().err
     web.added_length = 0
     assert main([*command, *inputs("third")]) == 0  # signed anew, as an address that expires is
-    assert "Continuing with what an interrupted run left" in capsys.readouterr().out
+    assert re.search(r"(?m)^(Continu|Resum)ing .*\.partial", capsys.readouterr().out)
     assert content(tmp_path / "local") == content(tmp_path / "out")
 
 
@@ -302,7 +303,7 @@ def test_a_wrong_length_is_an_error(
     address = f"{server.url}/{name}" if kind == "http" else f"s3://texts/in/{name}"
     with pytest.raises(DataError) as error:
         make(tmp_path / "out", address)
-    assert str(error.value).startswith(f"{address}: c")
+    assert str(error.value).startswith(f"{address}: ")
     assert not (tmp_path / "out").exists()
 
 
@@ -310,7 +311,7 @@ def test_a_file_that_is_not_as_empty_as_was_said_is_an_error(
     tmp_path: Path, web: FaultyServer
 ) -> None:
     web.added_length = -len("short")
-    with pytest.raises(DataError, match=r"five\.md: cat_file failed"):
+    with pytest.raises(DataError, match=r"five\.md: cat_file "):
         make(tmp_path / "out", f"{web.url}/five.md")
 
 
@@ -327,7 +328,7 @@ def test_a_file_that_is_replaced_while_it_is_read_is_an_error(tmp_path: Path) ->
         path.write_text("two line\n" * 50_000)
         os.utime(path, (1, 1))
         list(pieces)
-        with pytest.raises(DataError, match=r"a\.txt: changed while it was read"):
+        with pytest.raises(DataError, match=r"a\.txt: .*\bchanged\b"):
             next(reading)
 
 
@@ -343,8 +344,8 @@ def test_files_are_recognised_by_what_they_hold_and_hidden_ones_left_out(tmp_pat
     make(tmp_path / "local", folder)
     with serving(folder_upstream(folder)) as server:
         notes = make(tmp_path / "remote", f"{server.url}/")
-    assert notes[0].startswith("Found 3 files (")
-    assert "2 hidden: .e.txt, .git" in notes[0]
+    assert " 3 files " in notes[0]
+    assert re.search(r"\b2 hidden\b.*\.e\.txt, \.git\b", notes[0])
     assert content(tmp_path / "local") == content(tmp_path / "remote")
 
 
@@ -357,7 +358,7 @@ def test_a_folder_that_cannot_be_listed_is_an_error(
     server = request.getfixturevalue("web" if kind == "http" else "s3")
     server.fails_always = "a-b" if kind == "http" else "prefix=in%2Fa-b"
     address = f"{server.url}/{pattern}" if kind == "http" else f"s3://texts/in/{pattern}"
-    with pytest.raises(DataError, match=r"a-b/: ls failed \(.*; check the network"):
+    with pytest.raises(DataError, match=r"a-b/: ls .*\bnetwork\b"):
         find_files([address])
 
 
@@ -366,7 +367,7 @@ def test_a_server_without_ranges_or_lengths_is_an_error(
 ) -> None:
     web.ranges = False
     make(tmp_path / "small", f"{web.url}/five.md", val_fraction=0.5)
-    with pytest.raises(DataError, match=r"one\.txt: cat_file failed .*its server sends \d+: down"):
+    with pytest.raises(DataError, match=r"one\.txt: cat_file .*\bserver\b.*\d+.*download"):
         make(tmp_path / "out", f"{web.url}/a/one.txt")
     upstream = web.upstream
 
@@ -375,7 +376,7 @@ def test_a_server_without_ranges_or_lengths_is_an_error(
         return status, headers | {"Content-Encoding": "gzip"}, content
 
     monkeypatch.setattr(web, "upstream", without_length)
-    with pytest.raises(DataError, match=r"one\.txt: its server does not say how long it is; down"):
+    with pytest.raises(DataError, match=r"one\.txt: (?!cat_file).*\bserver\b.*download"):
         make(tmp_path / "out", f"{web.url}/a/one.txt")
 
 
@@ -443,26 +444,27 @@ def test_parts_are_made_and_merged_in_a_bucket(
     assert main([*command, "1/3"]) == 2
     assert len(failed) == files.ATTEMPTS
     said = capsys.readouterr().err
-    assert f"error: {first}/train_000000.ends: put_file failed (" in said
-    assert "5 attempts failed; --resume continues the copy of" in said
+    assert f"error: {first}/train_000000.ends: put_file " in said
+    assert re.search(r"\b5 .*--resume ", said)
     assert main([out, "--merge"]) == 2
-    assert "corpus.parts: has 2-of-3, 3-of-3, not 1-of-N to N-of-N" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert re.search(r"corpus\.parts: .*\b2-of-3, 3-of-3\b.*\b1-of-N\b", said)
     assert main([*command, "1/3"]) == 2
-    assert f"{first}: exists already and is not empty; --resume" in capsys.readouterr().err
+    assert re.search(rf"{first}: .*\bexists\b.*--resume", capsys.readouterr().err)
     before = len(s3.requests)
     assert main([*command, "1/3", "--resume"]) == 0
     sent = [path.rpartition("/")[2] for method, path in s3.requests[before:] if method == "PUT"]
     assert sent[0] == "train_000000.ends", "what was there is not sent again"
     assert sent[-1] == "dataset.json"
     assert main([*command, "1/3", "--resume"]) == 0
-    assert f"{first} is complete already" in capsys.readouterr().out
+    assert re.search(rf"{first}\b.*\bcomplete\b", capsys.readouterr().out)
     assert main([*command, "1/3"]) == 2
-    assert f"{first}: exists already and holds a dataset; train" in capsys.readouterr().err
+    assert re.search(rf"{first}: .*\bexists\b.*\bdataset\b", capsys.readouterr().err)
     assert main([*command, "1/3", "--text-field", "x", "--resume"]) == 2
     said = capsys.readouterr().err
-    assert f"{first}: exists already and holds a dataset made of something else: it" in said
+    assert re.search(rf"{first}: .*\bdataset\b.*text_field = 'text'.*'x'", said)
     assert main([out, "--merge"]) == 0
-    assert f"Train on it: python -m fasttrain.train base data.path={out}" in capsys.readouterr().out
+    assert f"python -m fasttrain.train base data.path={out}" in capsys.readouterr().out
     for path in (tmp_path / "whole").iterdir():
         assert files.remote(f"{out}/{path.name}", "cat_file") == path.read_bytes(), path.name
     assert files.names_at(out).keys() == {path.name for path in (tmp_path / "whole").iterdir()}
@@ -475,16 +477,16 @@ def test_parts_are_made_and_merged_in_a_bucket(
 def test_a_copy_goes_only_where_it_may(
     tmp_path: Path, corpus: Path, web: FaultyServer, s3: FaultyServer
 ) -> None:
-    with pytest.raises(DataError, match="out: cannot be written to; name a folder or a bucket"):
+    with pytest.raises(DataError, match=r"/out: .*\bfolder\b.*\bbucket\b"):
         make(f"{web.url}/out", corpus)  # type: ignore[arg-type]
     files.put("s3://texts/taken/mine.txt", b"mine")
     out: Any = "s3://texts/taken"
-    with pytest.raises(DataError, match="taken: exists already and is not empty; --resume cont"):
+    with pytest.raises(DataError, match=r"/taken: .*\bexists\b.*--resume"):
         make(out, corpus)
-    with pytest.raises(DataError, match="taken: holds something else; remove it"):
+    with pytest.raises(DataError, match=r"/taken: .*\bremove\b.*--resume"):
         make(out, corpus, resume=True)
     assert files.names_at("s3://texts/taken") == {"mine.txt": 4}
-    with pytest.raises(DataError, match=r"no-such-bucket/x/prepared\.json: put_file failed \("):
+    with pytest.raises(DataError, match=r"no-such-bucket/x/prepared\.json: put_file "):
         make("s3://no-such-bucket/x", corpus)  # type: ignore[arg-type]
 
 

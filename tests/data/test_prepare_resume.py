@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -135,13 +136,13 @@ def test_workers_change_nothing_and_end_with_their_parent(tmp_path: Path) -> Non
     second = command("two", 1, "--resume")
     said, _ = second.communicate(timeout=300)
     assert second.returncode == 2
-    assert "another process is preparing it" in said
+    assert re.search(r"/two: .*\bprocess\b", said)
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
     resumed = command("two", 2, "--resume")
     said, _ = resumed.communicate(timeout=300)
     assert resumed.returncode == 0, said
-    assert "Continuing with what an interrupted run left" in said
+    assert re.search(r"^(Continu|Resum)ing .*\.partial", said, re.MULTILINE)
     assert f"data.path={tmp_path / 'two'}" in said
     wait_until(lambda: not any(alive(int(child)) for child in children))
     whole = command("one", 1)
@@ -180,19 +181,19 @@ def test_what_was_asked_for_must_be_the_same(
 ) -> None:
     out, inputs = interrupted(tmp_path, monkeypatch)
     for changed, match in (
-        ({"tokenizer": "chars"}, r"tokenizer = 'bytes', this one has 'chars'"),
-        ({"val_fraction": 0.1}, r"val_fraction = 'auto', this one has 0\.1"),
-        ({"shard_tokens": 5}, "shard_tokens"),
+        ({"tokenizer": "chars"}, "tokenizer = 'bytes'.*'chars'"),
+        ({"val_fraction": 0.1}, r"val_fraction = 'auto'.*\b0\.1"),
+        ({"shard_tokens": 5}, r"shard_tokens = .*\b5\b"),
     ):
         arguments = {"tokenizer": "bytes", "resume": True, **changed}
-        with pytest.raises(DataError, match=match):
+        with pytest.raises(DataError, match=f"--resume: .*{match}"):
             prepare(out, inputs, **arguments)  # type: ignore[arg-type]
     os.utime(inputs[0], (1, 1))
-    with pytest.raises(DataError, match=r"the interrupted run had file .*a\.txt = \["):
+    with pytest.raises(DataError, match=r"--resume: .*file \S*a\.txt = \["):
         prepare(out, inputs, tokenizer="bytes", resume=True)
     progress = tmp_path / ".out.partial/progress.json"
     progress.write_text("{")
-    with pytest.raises(DataError, match=r"progress\.json: not valid JSON"):
+    with pytest.raises(DataError, match=r"progress\.json: .*\bJSON\b"):
         prepare(out, inputs, tokenizer="bytes", resume=True)
     assert progress.exists()
 
@@ -204,7 +205,7 @@ def test_a_shard_that_is_cut_short_is_not_gone_on_with(
     (shard,) = (tmp_path / ".out.partial/dataset").glob("train_*.bin")
     os.truncate(shard, 1100)
     monkeypatch.setattr(build, "BATCH_CHARS", 1500)
-    with pytest.raises(DataError, match="missing or cut short"):
+    with pytest.raises(DataError, match=rf"{re.escape(shard.name)}: .*--resume"):
         prepare(out, inputs, tokenizer="bytes", resume=True, note=print)
 
 
@@ -214,7 +215,7 @@ def test_without_resume_it_starts_anew_and_says_so(
     out, inputs = interrupted(tmp_path, monkeypatch)
     notes: list[str] = []
     prepare(out, inputs, tokenizer="chars", note=notes.append)
-    assert any("--resume would have continued" in line for line in notes)
+    assert any(re.search(r"\.out\.partial.*--resume", line) for line in notes)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
 
 
@@ -225,16 +226,16 @@ def test_resume_of_nothing_starts_and_of_what_is_complete_ends(
     out = tmp_path / "out"
     command = [str(out), "--tokenizer", "bytes", "--resume", "--input", *inputs]
     assert main(command) == 0
-    assert "Nothing to resume" in capsys.readouterr().out
+    assert re.search(r"\bresume\b.*\.out\.partial", capsys.readouterr().out)
     before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
     assert main(command) == 0
-    assert f"{out} is complete already" in capsys.readouterr().out
+    assert re.search(rf"{re.escape(str(out))}\b.*\bcomplete\b", capsys.readouterr().out)
     assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
     assert main([*command, "--val-fraction", "0.3"]) == 2
-    assert "val_fraction = 'auto', this one has 0.3" in capsys.readouterr().err
-    with pytest.raises(DataError, match="exists already and is not empty"):
+    assert re.search(r"val_fraction = 'auto'.*\b0\.3\b", capsys.readouterr().err)
+    with pytest.raises(DataError, match=r"/in: .*\bexists\b.*\bempty\b"):
         prepare(tmp_path / "in", inputs)
-    with pytest.raises(DataError, match="--workers must be at least 1"):
+    with pytest.raises(DataError, match=r"--workers .*\b1\b.*\b0\b"):
         prepare(tmp_path / "x", inputs, workers=0)
 
 
@@ -251,27 +252,29 @@ def test_a_finished_dataset_is_complete_only_for_the_files_it_was_made_of(
         after()
         assert main(command) == 2
         said = capsys.readouterr().err
-        assert said.startswith(f"error: {out}: exists already and holds a dataset {reason}"), said
+        named = re.escape(f"error: {out}: ")
+        assert re.match(rf"{named}.*\bexists\b.*\bdataset\b.*{reason}", said), said
 
     assert main(command) == main(command) == 0
     before = text.stat()
-    refused(f"made of something else: it had file {text} = [",
+    refused(re.escape(f"file {text} = ["),
             after=lambda: text.write_text("omega beta gamma\n" * 200))  # fmt: skip
     text.write_text("alpha beta gamma\n" * 200)
     os.utime(text, ns=(before.st_atime_ns, before.st_mtime_ns))
-    refused(f"made of something else: it had file {more} = 'nothing', this one has [",
+    refused(rf"file {re.escape(str(more))} = '.*\[",
             after=lambda: more.write_text("more"))  # fmt: skip
     more.unlink()
     assert main(command) == 0
-    refused("made of something else: it had tokenizer's SHA-256 = ",
+    refused("tokenizer.* SHA-256 = ",
             after=lambda: vocabulary.write_text(char_tokenizer("abc").to_str()))  # fmt: skip
     record = out / "prepared.json"
     deep = '{"a":' + "[" * 100_000 + "]" * 100_000 + "}"
-    for content, reason in (('{"source": 1}', "damaged"), (deep, "not valid JSON")):
+    for content, reason in (('{"source": 1}', "files"), (deep, "JSON")):
         record.write_text(content)
         assert main(command) == 2
-        assert capsys.readouterr().err.startswith(f"error: {record}: {reason}")
-    refused("that has no record of the files", after=record.unlink)
+        named = re.escape(f"error: {record}: ")
+        assert re.match(rf"{named}.*\b{reason}\b", capsys.readouterr().err)
+    refused(r"\brecord\b", after=record.unlink)
 
 
 def test_the_time_left_is_said_when_it_is_known(
@@ -308,7 +311,7 @@ def test_nothing_is_removed_or_written_through_a_planted_link(name: str, tmp_pat
     (link := tmp_path / name).parent.mkdir(exist_ok=True)
     link.symlink_to(tmp_path / "victim" / ("dataset" if "/" in name else ""))
     (text := tmp_path / "a.txt").write_text("to be or not to be " * 100)
-    with pytest.raises(DataError, match="is a symbolic link; remove it"):
+    with pytest.raises(DataError, match=rf"{re.escape(name)}: .*symbolic link"):
         prepare(tmp_path / "out", [str(text)], tokenizer="char", note=lambda _: None)
     assert kept.read_text() == "kept"
     assert not (tmp_path / "victim/lock").exists()
@@ -320,5 +323,5 @@ def test_a_folder_of_another_user_is_not_prepared_in(
     (tmp_path / ".out.partial").mkdir()
     (text := tmp_path / "a.txt").write_text("to be or not to be " * 100)
     monkeypatch.setattr(os, "geteuid", lambda: 4321)
-    with pytest.raises(DataError, match="belongs to another user"):
+    with pytest.raises(DataError, match=r"/\.out\.partial: .*\buser\b"):
         prepare(tmp_path / "out", [str(text)], tokenizer="char", note=lambda _: None)

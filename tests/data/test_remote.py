@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -281,13 +282,13 @@ def test_wrong_bytes_are_fetched_again_or_refused(
     there = opened(server, tmp_path / "b")
     with pytest.raises(
         DataError,
-        match=rf"{server.url}/data/train_000003\.bin: its SHA-256 is [0-9a-f]{{16}}…, dataset.json"
-        r" says [0-9a-f]{16}… and 64 tokens of uint16: damaged or replaced; restore it or",
+        match=rf"{server.url}/data/train_000003\.bin: .*SHA-256.* [0-9a-f]{{16}}….*dataset\.json\b"
+        r".* [0-9a-f]{16}….*\b64 tokens\b.*\buint16\b",
     ):
         batches(there)
     assert parts(tmp_path / "b") == []
     flip(server, "train_000000.ends", float("inf"))
-    match = rf"not the document ends of {server.url}/data/train_000000\.bin: damaged or replaced"
+    match = rf": .*\bends\b.* {server.url}/data/train_000000\.bin\b"
     with pytest.raises(DataError, match=match):
         _ = opened(server, tmp_path / "c").document_ends
 
@@ -337,7 +338,7 @@ def test_R22_tokens_outside_the_vocabulary_are_refused(
     cache = ShardCache(tmp_path / "cache", ROOMY)
     there = open_dataset(f"{server.url}/large", "train", cache_dir=tmp_path, shard_cache=cache)
     with pytest.raises(
-        DataError, match=r"train_00000\d\.bin: token 8\d at offset \d+ .* vocabulary of 80"
+        DataError, match=r"train_00000\d\.bin: .*\b8\d\b.*\b\d+\b.*\bvocabulary\b.*\b80\b"
     ):
         batches(there)
 
@@ -345,12 +346,12 @@ def test_R22_tokens_outside_the_vocabulary_are_refused(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda e: e.update(sha256="../../../../tmp/x"), "is not a SHA-256"),
-        (lambda e: e.update(ends_sha256="A" * 64), "is not a SHA-256"),
-        (lambda e: e.update(tokens=10**12), "data.cache_gib = 1 does not hold"),
-        (lambda e: e.update(documents=10**12), "data.cache_gib = 1 does not hold"),
-        (lambda e: e.update(file="../secret.bin"), "may only name its own files"),
-        (lambda e: e.update(tokens=63), r"of bytes 0 to 1150 of 1150 came|its SHA-256"),
+        (lambda e: e.update(sha256="../../../../tmp/x"), r"'[./]+tmp/x'.*SHA-256"),
+        (lambda e: e.update(ends_sha256="A" * 64), "'A{64}'.*SHA-256"),
+        (lambda e: e.update(tokens=10**12), r"data\.cache_gib = 1 "),
+        (lambda e: e.update(documents=10**12), r"data\.cache_gib = 1 "),
+        (lambda e: e.update(file="../secret.bin"), r"dataset\.json: .*'\.\./secret\.bin'"),
+        (lambda e: e.update(tokens=63), r"\bbytes 0\b.*\b1150\b|SHA-256"),
     ],
 )
 def test_R25_a_hostile_description_is_refused(
@@ -369,12 +370,14 @@ def test_R25_a_hostile_description_is_refused(
 
 
 def test_the_description_and_the_split_must_be_there(tmp_path: Path, server: FaultyServer) -> None:
-    with pytest.raises(DataError, match=rf"{server.url}/none/dataset\.json: .*check the address"):
+    with pytest.raises(DataError, match=rf"{server.url}/none/dataset\.json: .*\baddress\b"):
         open_dataset(f"{server.url}/none", "train", cache_dir=tmp_path)
     meta = json.loads((tmp_path / "served/data/dataset.json").read_text())
     del meta["splits"]["val"]
     (tmp_path / "served/data/dataset.json").write_text(json.dumps(meta))
-    with pytest.raises(DataError, match=r"/remote/http/.*/data/dataset\.json: no split 'val'"):
+    with pytest.raises(
+        DataError, match=r"/remote/http/.*/data/dataset\.json: .*'val'.*--val-fraction"
+    ):
         open_dataset(f"{server.url}/data?token=hidden", "val", cache_dir=tmp_path)
     assert ("GET", "/data/dataset.json?token=hidden") in server.requests
 
@@ -382,7 +385,7 @@ def test_the_description_and_the_split_must_be_there(tmp_path: Path, server: Fau
 def test_a_cache_that_is_too_small_says_what_would_do(
     data: Path, tmp_path: Path, server: FaultyServer
 ) -> None:
-    with pytest.raises(DataError, match=r"cache_gib = 1e-06 does not hold .*at least 0\.001$"):
+    with pytest.raises(DataError, match=r"data\.cache_gib = 1e-06\b.*\b0\.001$"):
         opened(server, tmp_path / "cache", gib=1e-6)
     train = opened(server, tmp_path / "cache", gib=5 * SHARD_BYTES / GIB)
     assert n_bytes(train.shards) == N_SHARDS * SHARD_BYTES + 64, "documents end alike in all"
@@ -390,7 +393,8 @@ def test_a_cache_that_is_too_small_says_what_would_do(
     plan = RunPlan(config, cast(Any, None), None, None, 1)
     plan.train = train
     warnings = [w for w in warnings_at_start(plan) if "cache_gib" in w]
-    assert "each 8 micro-batches fetch up to 0.001 GiB. Set it to 0.001, or raise" in warnings[0]
+    told = r"\b8 micro-batches\b.*\b0\.001 GiB\b.*\b0\.001\b.*\bdata\.prefetch\b"
+    assert re.search(told, warnings[0])
     config = load_config("base", ["data.cache_gib=0.001"])
     plan.config = config
     assert not [w for w in warnings_at_start(plan) if "cache_gib" in w]
@@ -471,7 +475,7 @@ def test_R9_a_slow_network_does_not_hang_and_a_silent_one_is_named(
     assert time.monotonic() - began > 0.9, "nine pieces"
     there = opened(server, tmp_path / "b")
     delay_s = 30.0
-    with pytest.raises(DataError, match=r"^http:/127.*/data/train_\d+\.bin: reading a batch has"):
+    with pytest.raises(DataError, match=r"^http:/127.*/data/train_\d+\.bin: .*\b0\.4 s\b"):
         batches(there, 1, micro_batch=1, prefetch=1)
     wait.set()
 
@@ -481,7 +485,7 @@ def test_a_missing_shard_is_an_error_that_names_it(
 ) -> None:
     there = opened(server, tmp_path / "cache")
     (data / "train_000005.bin").unlink()
-    with pytest.raises(DataError, match=rf"{server.url}/data/train_000005\.bin: .*check the addr"):
+    with pytest.raises(DataError, match=rf"{server.url}/data/train_000005\.bin: .*\baddress\b"):
         batches(there)
 
 
@@ -534,7 +538,7 @@ def test_a_folder_that_cannot_be_written_is_named(
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache/shards").touch()
     there = opened(server, tmp_path / "cache")
-    with pytest.raises(DataError, match=r"/cache/shards: File exists; .* data\.cache_dir$"):
+    with pytest.raises(DataError, match=r"/cache/shards: File exists\b.*\bdata\.cache_dir\b"):
         batches(there)
 
 

@@ -40,9 +40,7 @@ def test_R22_writer_refuses_a_token_outside_the_vocabulary(tmp_path: Path, value
         writer.write(np.arange(40))
         tokens = np.zeros(30, np.int64)
         tokens[17] = value
-        with pytest.raises(
-            DataError, match=rf"train_000001\.bin: token {value} at offset 7 .*1000"
-        ):
+        with pytest.raises(DataError, match=rf"train_000001\.bin: .* {value}\b.*\b7\b.*\b1000\b"):
             writer.write(tokens)
     assert writer.n_tokens == 40
     assert Shard(tmp_path / "train_000000.bin").n_tokens == 40

@@ -36,7 +36,7 @@ def test_table_tokenizers_give_the_ids_of_their_json(kind: str) -> None:
     assert encoder.vocab_size == loaded.get_vocab_size()
     assert loaded.id_to_token(encoder.end_of_text) == "<|endoftext|>"
     if kind == "chars":
-        with pytest.raises(DataError, match="character 'Ж'"):
+        with pytest.raises(DataError, match="'Ж'"):
             encoder.encode(["Ж"])
 
 
@@ -120,7 +120,7 @@ def test_a_tokenizer_that_is_no_credible_one_is_refused(
     changes: dict[str, Any], tmp_path: Path
 ) -> None:
     path = saved(tmp_path / "tokenizer.json", **changes)
-    with pytest.raises(DataError, match=r"tokenizer\.json: (not a tokenizer|makes millions)"):
+    with pytest.raises(DataError, match=r"tokenizer\.json: .*(\btokenizers\b|\b10,000\b)"):
         load_tokenizer(path)
 
 
@@ -134,7 +134,7 @@ def test_replacements_that_are_usual_are_taken(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "text", "reason"),
     [
-        ({}, "a\udc80", "is not UTF-8"),
+        ({}, "a\udc80", "UTF-8"),
         ({"pre_tokenizer": {"type": "FixedLength", "length": 0}}, "a", "chunk size"),
         ({"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "?"}}, "b", "WordLevel"),
     ],
