@@ -235,12 +235,18 @@ def batches(**changes: Any) -> Iterator[dict[str, Tensor]]:
     [
         ([{"x": torch.zeros(2, T, dtype=torch.long)}], r"\['x'\].*input_ids"),
         (list(batches(targets=torch.zeros(2, T, dtype=torch.long))), "'targets'.*target_ids"),
-        (list(batches(target_ids=torch.zeros(2, T - 1, dtype=torch.long))), r"'target_ids': \(2, 5\).*\(B, T\)"),
+        (
+            list(batches(target_ids=torch.zeros(2, T - 1, dtype=torch.long))),
+            r"'target_ids': \(2, 5\).*\(B, T\)",
+        ),
         (list(batches(input_ids=torch.zeros(2, T))), r"input_ids .*torch\.float32.*\.long\(\)"),
         (list(batches(target_ids=torch.full((2, T), V))), rf"target .*\b{V}\b.*\b{V} logits"),
         (list(batches(input_ids=torch.full((2, T), V))), rf"index {V}\b.* {V} .* 0\b.*tokenizer"),
         (list(batches(input_ids=[[0]])), r"input_ids .*\blist\b.*\(B, T\)"),
-        (TensorDataset(torch.zeros(2, T).long(), torch.zeros(2, T).long()), r"\(6,\).*\(B, T\).*DataLoader"),
+        (
+            TensorDataset(torch.zeros(2, T).long(), torch.zeros(2, T).long()),
+            r"\(6,\).*\(B, T\).*DataLoader",
+        ),
         ([(torch.zeros(2, T).long(),) * 3], r"\btuple\b.*\b3\b.*\(input_ids, target_ids\)"),
         (["text"], r"\bstr\b.*\(input_ids, target_ids\)"),
         (list(batches(labels=torch.zeros(2, T + 1).long())), r"'labels': \(2, "),

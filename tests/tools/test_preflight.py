@@ -49,9 +49,9 @@ def test_it_tells_sizes_memory_and_time(lines: list[str], config_path: Path) -> 
     assert preflight(load_config(config_path))
     text = "\n".join(lines)
     told = {line.split()[0]: line for line in lines}
-    # 2 layers of 12·32² in matrices (SwiGLU: 3·32·128 of 4·32²), the head and the table of 320·32.
-    n_matmul = 2 * 12 * 32**2 + 320 * 32
-    assert f"{n_matmul:,} in matri" in told["model"]
+    # 2 layers: 4·32² in attention, 3·32·128 in SwiGLU; the head of 320·32.
+    n_matmul = 2 * (4 * 32**2 + 3 * 32 * 128) + 320 * 32
+    assert f" {n_matmul:,} " in told["model"]
     assert re.search(r"\b4,001 tokens.*\b501 .*\b320\b", told["data"])
     assert re.search(r"\b64 tokens.* 1 × 4 rows × 16\b", told["step"])
     assert re.search(r"\b12 steps.*\b768 tokens.*\b0\.19 epochs", told["run"])
@@ -154,7 +154,11 @@ def test_a_sound_run_has_no_warning(sound: TrainConfig) -> None:
     ("section", "change", "expected"),
     [
         ("model", {"vocab_size": 50257}, r"model\.vocab_size .*50257.*50304"),
-        ("model", {"sliding_window_tokens": 16}, r"model\.sliding_window_tokens .*\b16\b.*data\.seq_len"),
+        (
+            "model",
+            {"sliding_window_tokens": 16},
+            r"model\.sliding_window_tokens .*\b16\b.*data\.seq_len",
+        ),
         ("schedule", {"warmup_steps": 300}, r"schedule\.warmup_steps .*\b300\b.*\b1,?000 steps"),
         ("schedule", {"warmup_steps": 5000}, r"schedule\.warmup_steps .*\b5000\b.*peak.*"),
         ("eval", {"every_steps": 1001}, r"eval\.every_steps .*\b1001\b"),
