@@ -182,8 +182,8 @@ STATES: dict[str, tuple[Callable[[Any], Any], str]] = {
         f"no {key}": (without(key), rf"state\.json: .*\b{key} .*missing")
         for key in ("step", "total_steps", "eval_due", "trained_s", "best_val_loss", "loss_ema")
     },
-    "no position": (without("position"), "model.*--resume"),
-    "no data": (without("data"), "model.*--resume"),
+    "no position": (without("position"), r"model\.init_from=.*--resume"),
+    "no data": (without("data"), r"model\.init_from=.*--resume"),
     "no facts": (lambda s: {**s, "data": {}}, r"data\.train\.vocab_size: none"),
     "odd facts": (lambda s: s["data"]["train"].update(shards=[3]), r"data\.train\.shards: \[3\]"),
     "no faults": (without("faults"), r"\bfaults .*missing"),
