@@ -118,7 +118,7 @@ def test_R15_never_a_silent_fresh_start(tmp_path: Path) -> None:
     folder.mkdir()
     with pytest.raises(CheckpointError, match=rf"{tmp_path}\b.*: .*no checkpoint"):
         resolve(tmp_path)
-    with pytest.raises(CheckpointError, match="/nowhere: .*folder"):
+    with pytest.raises(CheckpointError, match=r"/nowhere: .*folder"):
         resolve(tmp_path / "nowhere")
 
 
@@ -127,9 +127,9 @@ def test_damaged_pointers_are_not_followed(tmp_path: Path) -> None:
     for text in ("", "../../etc", "step-00000009", "\udcff"):
         (tmp_path / "latest").write_text(text, errors="surrogateescape")
         assert resolve(tmp_path) == newest
-        with pytest.raises(CheckpointError, match="'latest'.*'auto'"):
+        with pytest.raises(CheckpointError, match=r"'latest'.*'auto'"):
             resolve(tmp_path, "latest")
-    with pytest.raises(CheckpointError, match="'best'.*'auto'"):
+    with pytest.raises(CheckpointError, match=r"'best'.*'auto'"):
         resolve(tmp_path, "best")
 
 

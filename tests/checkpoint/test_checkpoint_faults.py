@@ -330,7 +330,7 @@ def test_R12_small_disk(tmp_path: Path) -> None:
         save(folder, 1)
         writer = CheckpointWriter(folder, keep_last=1)
         writer.save(2, groups(2, size=1 << 20), {"version": 0}, CONFIG)
-        with pytest.raises(CheckpointError, match="No space left.*free") as caught:
+        with pytest.raises(CheckpointError, match=r"No space left.*free") as caught:
             writer.wait()
         assert getattr(caught.value.__cause__, "errno", None) == errno.ENOSPC
         assert is_intact(resolve(folder)) == 1

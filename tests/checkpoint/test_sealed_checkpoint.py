@@ -271,7 +271,7 @@ OTHERS: dict[str, tuple[str, Callable[[Tensors], Any], str]] = {
         lambda t: t.update(cpu=t["cpu"][:100].clone()),
         r"trainer\.cpu .*\(100,\) torch\.uint8",
     ),
-    "an odd random state": ("trainer", lambda t: t["cpu"].fill_(255), "random"),
+    "an odd random state": ("trainer", lambda t: t["cpu"].fill_(255), "mt19937"),
     "no scale": ("trainer", lambda t: t.pop("grad_scale"), r"trainer\.grad_scale .*missing"),
     "a parameter of another shape": (
         "model",

@@ -169,7 +169,7 @@ def test_a_slice_of_what_was_loaded_owns_its_memory() -> None:
             assert mine.to_local().untyped_storage().nbytes() == mine.to_local().nbytes
         grid = init_device_mesh("cpu", (1, 2))
         twice = DTensor.from_local(whole[:, 1:], grid, [Shard(0), Shard(1)], run_check=False)
-        with pytest.raises(TypeError, match="sharded by one dimension"):
+        with pytest.raises(TypeError, match=r"DTensor .*Shard\(.*Shard\("):
             cut(whole, twice)
     finally:
         dist.destroy_process_group()

@@ -57,7 +57,7 @@ def test_R15_a_state_given_up_is_saved_or_an_error_tells_why_not(
     rng = rng_state(run.device)
     with Faults(toy.parent / "run/checkpoints", before=full):
         run.saver.save_once()  # in the background, or at once: it fails
-        with pytest.raises(CheckpointError, match="No space left.*free"):
+        with pytest.raises(CheckpointError, match=r"No space left.*free"):
             run.saver.save_now(rng)
     run.saver.save_now(rng)
     assert checkpoint.resolve(toy.parent / "run").name == "step-00000000"

@@ -173,7 +173,7 @@ def test_what_the_tokenizer_cannot_say_is_refused(tmp_path: Path) -> None:
     assert lm.loglikelihood(requests(("the", " fox")))[0][0] < 0.0
     with pytest.raises(UserError, match="end-of-text"):
         lm.loglikelihood(requests(("", "fox")))
-    with pytest.raises(UserError, match='token .*"12"'):
+    with pytest.raises(UserError, match=r'token .*"12"'):
         lm.loglikelihood(requests(("12", " fox")))
 
 

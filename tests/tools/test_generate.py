@@ -443,4 +443,4 @@ def test_the_command_takes_several_prompts_stops_and_lines(
     assert capsys.readouterr().out == "".join(f"{text}\n" for text in texts.values())
     for wrong in (["--interactive", "--prompt", "a"], ["--stop", ""]):
         assert main([*command, *wrong]) == 2
-        assert "error: --" in capsys.readouterr().err
+        assert capsys.readouterr().err.startswith(f"error: {wrong[0]} ")

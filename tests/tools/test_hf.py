@@ -206,7 +206,7 @@ def test_a_name_that_is_no_folder_says_how_to_download_it(
     with pytest.raises(UserError, match=rf"^{tmp_path}/none: .*folder"):
         import_model(tmp_path / "none", "run")
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="^file: .*not a folder"):
+    with pytest.raises(UserError, match=r"^file: .*not a folder"):
         import_model("file", "run")
 
 

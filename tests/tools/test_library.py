@@ -357,7 +357,7 @@ def test_what_is_frozen_wholly_is_said() -> None:
 def test_a_scheduler_of_another_optimizer_is_refused() -> None:
     model = toy()
     optimizer, other = (torch.optim.SGD(model.parameters(), lr=0.1) for _ in range(2))
-    with pytest.raises(UserError, match="scheduler .*another SGD.*optimizer"):
+    with pytest.raises(UserError, match=r"scheduler .*\bSGD\b.*optimizer"):
         Trainer(model, optimizer, StepLR(other, 1))
 
 

@@ -333,7 +333,7 @@ def test_what_a_wrapped_model_takes_is_known(name: str) -> None:
         assert [*signature_of(model)] == ["input_ids"]
         trainer_of(model).train([{"input_ids": data, "attention_mask": mask}])
         weights.append(inner.inner[1].weight.detach().clone())
-        with pytest.raises(UserError, match="left.*attention_mask"):
+        with pytest.raises(UserError, match=r"left.*attention_mask"):
             trainer_of(model).train([{"input_ids": data, "attention_mask": mask.flip(1)}])
         with pytest.raises(UserError, match="'speaker'"):
             trainer_of(model).train([{"input_ids": data, "speaker": data}])

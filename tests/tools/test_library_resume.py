@@ -341,7 +341,7 @@ def test_optimizer_state_of_no_parameter_is_named(tmp_path: Path) -> None:
             self.state["global"]["n_steps"] = 1
 
     trainer = made(tmp_path, lambda model: Global(model.parameters(), lr=0.1))
-    with pytest.raises(UserError, match="optimizer .*state .*'global'.*parameter"):
+    with pytest.raises(UserError, match=r"optimizer .*state .*'global'.*parameter"):
         trainer.train([rows()])
 
 
@@ -369,9 +369,9 @@ def test_R32_every_optimizer_of_torch_goes_on_to_the_bit(name: str, tmp_path: Pa
 
 
 def test_R32_optimizers_that_no_trainer_can_step_are_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="LBFGS .*closure"):
+    with pytest.raises(UserError, match=r"LBFGS .*closure"):
         made(tmp_path, lambda model: torch.optim.LBFGS(model.parameters()))
-    with pytest.raises(UserError, match="sparse gradients.*sparse=False"):
+    with pytest.raises(UserError, match=r"sparse gradients.*sparse=False"):
         Trainer(sparse := nn.Embedding(V, 3, sparse=True), torch.optim.SparseAdam([sparse.weight]))
     other = nn.Linear(2, 3)
     with pytest.raises(UserError, match=r"parameter .*\[3, 2\].*model"):
@@ -785,7 +785,10 @@ def test_a_next_folder_that_another_trainer_uses_is_passed_over(tmp_path: Path) 
         trainer = made(tmp_path / "own", train={"steps": 1})
         trainer.train([rows(4)])
     assert trainer.run_dir == tmp_path / "own-6"
-    with lock_run_dir(tmp_path / "own"), pytest.raises(UserError, match=r"/own\b.*in use.*run_dir"):
+    with (
+        lock_run_dir(tmp_path / "own"),
+        pytest.raises(UserError, match=r"/own\b.*\btrainer\b.*run_dir"),
+    ):
         made(tmp_path / "own")
 
 
@@ -805,7 +808,7 @@ def test_R13_R32_a_folder_has_one_trainer_at_a_time(tmp_path: Path) -> None:
 
     class Second:
         def on_step_end(self, trainer: Trainer) -> None:
-            with pytest.raises(UserError, match=r"/run\b.*in use.*run_dir") as caught:
+            with pytest.raises(UserError, match=r"/run\b.*\btrainer\b.*run_dir") as caught:
                 made(tmp_path / "run")
             refused.append(caught)
 

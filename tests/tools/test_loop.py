@@ -271,7 +271,7 @@ def test_a_model_of_the_wrong_shape_and_bad_numbers_are_named() -> None:
     with pytest.raises(UserError, match="log_interval = 0"):
         train_loop(model, list(batches()), optimizer, 1, log_interval=0, device="cpu")
     if not torch.cuda.is_available():
-        with pytest.raises(UserError, match='device="cuda:1".*device="cpu"'):
+        with pytest.raises(UserError, match=r'device="cuda:1".*device="cpu"'):
             train_loop(model, list(batches()), optimizer, 1, device="cuda:1")
     with pytest.raises(UserError, match='device="gpu"'):
         train_loop(model, list(batches()), optimizer, 1, device="gpu")

@@ -75,7 +75,7 @@ def test_the_page_needs_nothing_else_and_escapes_what_a_model_wrote(tmp_path: Pa
 
 def test_the_page_says_what_made_a_run_and_what_went_on_with_it(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "one")
-    assert "Made by" not in page([read_run(folder)]), "a run from before this was noted"
+    assert 'class="made"' not in page([read_run(folder)]), "a run from before this was noted"
     log = folder / "metrics.jsonl"
     first = {"kind": "run", "step": 0, "fasttrain": "0.1.0", "commit": "ab" * 20, "torch": "2.13.0"}
     first |= {"uncommitted_changes": False, "triton": None, "python": "3.11.7", "parent": None}
@@ -97,6 +97,7 @@ def test_the_page_says_what_made_a_run_and_what_went_on_with_it(tmp_path: Path) 
         "command": "train <b>",
         "parent": "from step 10 on: a/b",
     }
+    assert 'class="made"' in page([run])
     assert "<td>train &lt;b&gt;</td>" in page([run])
 
 
