@@ -88,9 +88,9 @@ def test_every_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
 def test_arguments_that_cannot_be_saved(tmp_path: Path) -> None:
     writer = CheckpointWriter(tmp_path, keep_last=1)
     complex_ = {"model": {"w": torch.zeros(2, dtype=torch.complex128)}}
-    with pytest.raises(CheckpointError, match=r"model\.w is complex128"):
+    with pytest.raises(CheckpointError, match=r"model\.w .*complex128"):
         writer.save(1, complex_, {}, "")
-    with pytest.raises(CheckpointError, match="not JSON"):
+    with pytest.raises(CheckpointError, match="JSON"):
         writer.save(1, groups(), {"best": float("inf")}, "")
     assert os.listdir(tmp_path) == []
 
@@ -149,7 +149,7 @@ def test_R16_nonfinite_state_is_refused(value: float, dtype: torch.dtype, tmp_pa
     bad[random.Random(str((value, dtype))).randrange(len(bad))] = value
     writer = CheckpointWriter(tmp_path, keep_last=1)
     writer.save(2, {**groups(2), "optimizer": {"exp_avg": bad}}, {}, CONFIG)
-    with pytest.raises(CheckpointError, match=r"optimizer\.exp_avg is not finite at step 2"):
+    with pytest.raises(CheckpointError, match=r"optimizer\.exp_avg .*finite.*step 2\b"):
         writer.wait()
     assert steps_in(tmp_path) == [1]
     assert resolve(tmp_path, "latest").name == "step-00000001"
@@ -220,7 +220,8 @@ def test_R17_a_large_save_gives_way_to_training(
     assert asked == []  # over in no time: better soon
     monkeypatch.setattr(checkpoint_writer, "_BULKY", 0)
     save(tmp_path, 2)
-    assert asked == [disk._NICE]
+    (niceness,) = asked
+    assert 0 < niceness < 20
     assert_holds(resolve(tmp_path), groups(2))
 
 
@@ -283,7 +284,7 @@ def test_command_lists_and_verifies(tmp_path: Path, capsys: pytest.CaptureFixtur
     path = save(tmp_path / "checkpoints", 1, 2)
     assert main([str(tmp_path)]) == 0
     shown = capsys.readouterr().out
-    assert shown.count("verified: every byte") == 2
+    assert shown.count("verified") == 2
     assert 'name = "toy"' in shown
     row = next(line for line in shown.splitlines() if "model.safetensors" in line).split()
     size = (path / "model.safetensors").stat().st_size

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -91,7 +92,7 @@ def test_R15_swapped_files_and_folders(tmp_path: Path) -> None:
     _swap(path / "model.safetensors", path / "optimizer.safetensors")
     verify(path)
     os.rename(path, tmp_path / "step-00000003")
-    with pytest.raises(CheckpointError, match="of step 2"):
+    with pytest.raises(CheckpointError, match=r"step-00000003/manifest\.json: .*\bstep 2\b"):
         verify(tmp_path / "step-00000003")
     os.rename(tmp_path / "step-00000003", tmp_path / "my-best-one")
     verify(tmp_path / "my-best-one")
@@ -100,7 +101,7 @@ def test_R15_swapped_files_and_folders(tmp_path: Path) -> None:
 def test_R15_additional_file(tmp_path: Path) -> None:
     path = save(tmp_path, 1)
     (path / "notes.txt").write_text("mine")
-    with pytest.raises(CheckpointError, match=r"notes\.txt: does not belong"):
+    with pytest.raises(CheckpointError, match=r"notes\.txt: .*remove"):
         verify(path)
 
 
@@ -110,14 +111,14 @@ def test_R15_never_a_silent_fresh_start(tmp_path: Path) -> None:
     for step in (1, 2):
         (folder / f"step-0000000{step}" / "model.safetensors").unlink()
     passed_over: list[str] = []
-    with pytest.raises(CheckpointError, match="none of its 2 checkpoints verifies"):
+    with pytest.raises(CheckpointError, match=rf"{tmp_path}: .*\b2 checkpoints\b"):
         resolve(tmp_path, report=passed_over.append)
     assert len(passed_over) == 2
     shutil.rmtree(folder)
     folder.mkdir()
-    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+    with pytest.raises(CheckpointError, match=rf"{tmp_path}\b.*: .*no checkpoint"):
         resolve(tmp_path)
-    with pytest.raises(CheckpointError, match="no such folder"):
+    with pytest.raises(CheckpointError, match=r"/nowhere: .*folder"):
         resolve(tmp_path / "nowhere")
 
 
@@ -126,9 +127,9 @@ def test_damaged_pointers_are_not_followed(tmp_path: Path) -> None:
     for text in ("", "../../etc", "step-00000009", "\udcff"):
         (tmp_path / "latest").write_text(text, errors="surrogateescape")
         assert resolve(tmp_path) == newest
-        with pytest.raises(CheckpointError, match="no 'latest' checkpoint"):
+        with pytest.raises(CheckpointError, match=r"'latest'.*'auto'"):
             resolve(tmp_path, "latest")
-    with pytest.raises(CheckpointError, match="no 'best' checkpoint"):
+    with pytest.raises(CheckpointError, match=r"'best'.*'auto'"):
         resolve(tmp_path, "best")
 
 
@@ -199,7 +200,7 @@ def test_R25_path_traversal(name: str, tmp_path: Path) -> None:
     files = json.loads((path / disk.MANIFEST).read_text())["files"]
     entry = {"bytes": 6, "sha256": hashlib.sha256(b"secret").hexdigest()}
     reseal(path, files={**files, name: entry})
-    with pytest.raises(CheckpointError, match="malformed"):
+    with pytest.raises(CheckpointError, match=rf"manifest\.json: .*{re.escape(repr(name))}"):
         load(path)
 
 
@@ -232,7 +233,7 @@ def test_R25_declared_size_is_not_allocated(tmp_path: Path) -> None:
     files = json.loads((path / disk.MANIFEST).read_text())["files"]
     files["model.safetensors"]["bytes"] = 1 << 50
     reseal(path, files=files)
-    with pytest.raises(CheckpointError, match=r"model\.safetensors: damaged: \d+ bytes, should be"):
+    with pytest.raises(CheckpointError, match=rf"model\.safetensors: .*\b{1 << 50}\b"):
         load(path)
 
 
@@ -241,9 +242,9 @@ def test_R25_foreign_pickles_are_refused(suffix: str, tmp_path: Path) -> None:
     file = tmp_path / f"model{suffix}"
     file.write_bytes(b"cos\nsystem\n(S'touch " + str(tmp_path / "ran").encode() + b"'\ntR.")
     for attempt in (load, verify, resolve):
-        with pytest.raises(CheckpointError, match=r"is a pickle.*convert it.*weights_only=True"):
+        with pytest.raises(CheckpointError, match=r"pickle.*safetensors.*weights_only=True"):
             attempt(file)
-    with pytest.raises(CheckpointError, match="is a pickle"):
+    with pytest.raises(CheckpointError, match=rf"model\{suffix}: .*pickle"):
         resolve(tmp_path)
     assert main([str(file)]) == 2
     assert sorted(os.listdir(tmp_path)) == [file.name]

@@ -268,7 +268,7 @@ def test_R12_disk_full_at_every_operation(
             assert os.strerror(error) in told
             assert "step-00000004" in told
             # What is on the disk for good is saved, for other ranks as well.
-            assert ("is complete" in told) == (raised is None), where
+            assert ("complete" in told) == (raised is None), where
         committed = (folder / "step-00000004").is_dir()
         assert committed or raised is not None
         assert is_intact(resolve(folder)) == (4 if committed else 3), where
@@ -290,7 +290,7 @@ def test_R12_a_background_error_surfaces_at_the_next_save(tmp_path: Path) -> Non
     writer = CheckpointWriter(folder, keep_last=1)
     with Faults(folder, fail_at=8):
         writer.save(2, groups(2), {"version": 0}, CONFIG)
-        with pytest.raises(CheckpointError, match=r"step-00000002 was not saved.*free some space"):
+        with pytest.raises(CheckpointError, match=r"step-00000002\b.*No space left.*free"):
             writer.save(3, groups(3), {"version": 0}, CONFIG)
     writer.save(3, groups(3), {"version": 0}, CONFIG)
     writer.close()
@@ -330,7 +330,7 @@ def test_R12_small_disk(tmp_path: Path) -> None:
         save(folder, 1)
         writer = CheckpointWriter(folder, keep_last=1)
         writer.save(2, groups(2, size=1 << 20), {"version": 0}, CONFIG)
-        with pytest.raises(CheckpointError, match="free some space") as caught:
+        with pytest.raises(CheckpointError, match=r"No space left.*free") as caught:
             writer.wait()
         assert getattr(caught.value.__cause__, "errno", None) == errno.ENOSPC
         assert is_intact(resolve(folder)) == 1
@@ -343,7 +343,7 @@ def test_R12_small_disk(tmp_path: Path) -> None:
 
 def test_R12_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(CheckpointError, match="file"):
+    with pytest.raises(CheckpointError, match=rf"{tmp_path}/file/checkpoints\b"):
         CheckpointWriter(tmp_path / "file" / "checkpoints", keep_last=1)
 
 

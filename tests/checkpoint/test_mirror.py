@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -288,7 +289,7 @@ def test_R15_files_that_are_not_as_they_were(how: str, tmp_path: Path) -> None:
         file.write_bytes(content)
     shutil.rmtree(run.copies / "step-00000001-c1")
     (newest / "model.safetensors").write_bytes(b"")
-    with pytest.raises(CheckpointError, match="no checkpoint verifies"):
+    with pytest.raises(CheckpointError, match=rf"{tmp_path}/m\b.*: .*checkpoint.*run\.name"):
         run.fetch()
 
 
@@ -300,7 +301,7 @@ def test_a_hostile_manifest_writes_nothing_elsewhere(tmp_path: Path) -> None:
     shutil.copy(copy / "state.json", run.copies / "hostile")
     entry = read_manifest(copy)["files"]["state.json"]
     reseal(copy, files={**read_manifest(copy)["files"], "../hostile": entry})
-    with pytest.raises(CheckpointError, match="no checkpoint verifies"):
+    with pytest.raises(CheckpointError, match=rf"{tmp_path}/m\b.*: .*checkpoint.*run\.name"):
         run.fetch()
     assert not list((tmp_path / "elsewhere").rglob("hostile"))
 
@@ -327,7 +328,7 @@ def test_what_lies_there_shorter_than_it_was_sent_is_no_copy_and_nothing_is_remo
 
     monkeypatch.setattr(Faulty, "_write", short)
     run.save(2)
-    with pytest.raises(CheckpointError, match="step-00000002-c2 did not come there whole"):
+    with pytest.raises(CheckpointError, match=rf"{tmp_path}/m\b.*: .*step-00000002-c2\b"):
         run.copy()
     assert is_intact(run.fetch()) == 1
     monkeypatch.setattr(Faulty, "_write", real)
@@ -339,7 +340,7 @@ def test_what_was_damaged_before_it_is_copied_is_not_copied(tmp_path: Path) -> N
     run = Run(tmp_path)
     run.save(1)
     flip_bit(tmp_path / "runs/a/checkpoints/step-00000001/model.safetensors", 9999)
-    with pytest.raises(CheckpointError, match=r"step-00000001/model.safetensors: damaged"):
+    with pytest.raises(CheckpointError, match=r"step-00000001/model\.safetensors: .*SHA-256"):
         run.copy()
     assert "manifest.json" not in os.listdir(run.copies / "step-00000001-c1")
 
@@ -392,8 +393,8 @@ def test_saves_do_not_wait_for_an_upload_nor_remove_what_it_reads(tmp_path: Path
     assert kept == ["step-00000011", "step-00000015"]
     release.set()
     run.mirror.finish(60)
-    where = run.mirror.address
-    assert run.noted == [f"copying the last checkpoint to {where}, at most 60 s"]
+    (note,) = run.noted
+    assert re.search(rf"{run.mirror.address}.*\b60 s\b", note)
     assert run.warned == []
     assert run.names() == ["step-00000015-c5"]
     assert [line for line in Faulty.log if "step-00000011-c1/manifest.json" in line]
@@ -405,14 +406,13 @@ def test_the_end_waits_for_the_upload_for_a_bounded_time_and_says_so(tmp_path: P
     run = Run(tmp_path)
     release = blocked(run)
     run.writer.save(1, groups(1), {"version": 0}, CONFIG)
-    thread = run.mirror._thread
     run.mirror.finish(0.2)
-    assert "at most 0.2 s" in run.noted[0]
-    assert "gave up copying the last checkpoint" in run.warned[0]
+    assert re.search(rf"{run.address}.*\b0\.2 s\b", run.noted[0])
+    assert re.search(f"checkpoint.*{run.address}", run.warned[0])
     run.mirror.finish(1e9)  # nothing is waited for twice
     assert len(run.noted) == 1
     release.set()
-    thread.join(60)
+    wait_until(lambda: run.mirror.copying is None)
 
 
 def failing(what: str, half: object) -> None:
@@ -427,7 +427,7 @@ def test_a_bucket_that_fails_is_tried_a_bounded_number_of_times_and_told(tmp_pat
     assert len(Faulty.log) == files.ATTEMPTS
     assert run.mirror.failures == 1
     assert "the bucket is on fire" in run.warned[0]
-    assert "5 attempts failed" in run.warned[0]
+    assert f"{files.ATTEMPTS} attempts" in run.warned[0]
     Faulty.happens = lambda what, half: None
     run.writer.save(2, groups(2), {"version": 0}, CONFIG)
     run.mirror.finish(60)
@@ -464,7 +464,7 @@ def test_any_file_system_of_fsspec(tmp_path: Path) -> None:
 
 def test_the_run_itself_is_no_mirror_of_it(tmp_path: Path) -> None:
     for address in (f"{tmp_path}/runs", f"file://{tmp_path}/runs/"):
-        with pytest.raises(UserError, match=r"is run.out_dir; name another"):
+        with pytest.raises(UserError, match=r"checkpoint\.mirror .*run\.out_dir"):
             Mirror(address, tmp_path / "runs/a", 1, note=print, warn=print)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import shutil
 import time
@@ -55,10 +56,10 @@ def edit(file: Path, change: Callable[[Any], Any]) -> None:
 
 
 def refused(status: int, capsys: Capture, *words: str) -> None:
-    """Expect one line that holds these words, and status 2."""
+    """Expect one line that matches these expressions, and status 2."""
     err = capsys.readouterr().err
     assert (status, err.count("\n"), "Traceback" in err) == (2, 1, False), err
-    assert all(word in err for word in words), err
+    assert all(re.search(word, err) for word in words), err
 
 
 # ---- R31: a sealed checkpoint can be resumed -----------------------------------------------------
@@ -79,15 +80,15 @@ def test_R31_a_variable_named_like_a_secret_changes_no_number(
 
 
 UNFIT: dict[str, tuple[str, dict[str, Any], str]] = {
-    "no TOML": ("[train]\nsteps = ***\n", {}, "not valid TOML"),
-    "another key": ("[train]\nstep = 1\n", {}, "train.step is not a config key"),
-    "a value out of range": ("[train]\nsteps = 0\n", {}, "out of range"),
+    "no TOML": ("[train]\nsteps = ***\n", {}, "TOML"),
+    "another key": ("[train]\nstep = 1\n", {}, r"train\.step .*train\.steps"),
+    "a value out of range": ("[train]\nsteps = 0\n", {}, r"train\.steps .*\b0\b"),
     "deep TOML": (f"{CONFIG}x = {'[' * 5000}{']' * 5000}\n", {}, "recursion depth"),
-    "long names": (f"{CONFIG}{'a.' * 100_000}a = 1\n", {}, "100,000 dots"),
-    "much TOML": (f"{CONFIG}#{' ' * 300_000}\n", {}, "are credible"),
-    "another step": (CONFIG, {"step": 7}, "step is 7"),
-    "a run without its faults": (CONFIG, {"step": 2, "position": 8}, "best_val_loss is missing"),
-    "deep JSON": (CONFIG, {"x": json.loads("[" * 500 + "]" * 500)}, "nested too deep"),
+    "long names": (f"{CONFIG}{'a.' * 100_000}a = 1\n", {}, "100,000 "),
+    "much TOML": (f"{CONFIG}#{' ' * 300_000}\n", {}, r"\b300,\d{3} "),
+    "another step": (CONFIG, {"step": 7}, r"\bstep .*\b7\b"),
+    "a run without its faults": (CONFIG, {"step": 2, "position": 8}, "best_val_loss .*missing"),
+    "deep JSON": (CONFIG, {"x": json.loads("[" * 500 + "]" * 500)}, "nested"),
 }
 
 
@@ -98,7 +99,7 @@ def test_R31_what_cannot_be_parsed_back_is_not_committed(
     older = save(tmp_path, 1)
     writer = CheckpointWriter(tmp_path, keep_last=2)
     writer.save(2, groups(2), state, config)
-    with pytest.raises(CheckpointError, match=rf"step-00000002 was not saved.*{reason}"):
+    with pytest.raises(CheckpointError, match=rf"step-00000002\b.*{reason}"):
         writer.wait()
     assert sorted(os.listdir(tmp_path)) == ["latest", older.name]
     assert (tmp_path / "latest").read_text() == f"{older.name}\n"
@@ -120,14 +121,18 @@ def test_R31_what_cannot_be_parsed_back_is_not_committed(
 # ---- R25: what it asks for is held against what it has -------------------------------------------
 
 HUGE = {
-    "hidden_dim": ("n_heads = 2", "n_heads = 2\nhidden_dim = 16000000", "blocks.0.mlp.down.weight"),
-    "n_layers": ("n_layers = 1", "n_layers = 100000000", "model.n_layers = 100000000"),
-    "n_heads": ("n_heads = 2", "n_heads = 2\nn_kv_heads = 1", "blocks.0.attention"),
-    "vocab_size": ("vocab_size = 320", f"vocab_size = {2**32}", "fit [model]"),
-    "dim": ("\ndim = 32", f"\ndim = {2**70}", "is out of range"),
-    "seq_len": ("seq_len = 16", "seq_len = 16000000", "data.seq_len = 16000000"),
-    "seq_len of 2**62": ("seq_len = 16", f"seq_len = {2**62}", "is out of range"),
-    "no numbers": ("n_layers = 1", "n_layers = *", "config.toml: is not valid TOML"),
+    "hidden_dim": (
+        "n_heads = 2",
+        "n_heads = 2\nhidden_dim = 16000000",
+        r"blocks\.0\.mlp\.down\.weight",
+    ),
+    "n_layers": ("n_layers = 1", "n_layers = 100000000", r"model\.n_layers .*100000000"),
+    "n_heads": ("n_heads = 2", "n_heads = 2\nn_kv_heads = 1", r"blocks\.0\.attention"),
+    "vocab_size": ("vocab_size = 320", f"vocab_size = {2**32}", r"\[model\].*data\.seq_len"),
+    "dim": ("\ndim = 32", f"\ndim = {2**70}", rf"model\.dim .*{2**70}"),
+    "seq_len": ("seq_len = 16", "seq_len = 16000000", r"data\.seq_len .*16000000"),
+    "seq_len of 2**62": ("seq_len = 16", f"seq_len = {2**62}", rf"data\.seq_len .*{2**62}"),
+    "no numbers": ("n_layers = 1", "n_layers = *", r"config\.toml: .*TOML"),
 }
 
 
@@ -153,11 +158,11 @@ def test_R25_a_model_that_is_not_finite(copy: Path, capsys: Capture) -> None:
     tensors["norm.weight"][3] = torch.nan
     save_file(tensors, copy / "model.safetensors")
     reseal(copy)
-    refused(generate.main(["runs/a", "--prompt", "a"]), capsys, "norm.weight is not finite")
+    refused(generate.main(["runs/a", "--prompt", "a"]), capsys, r"norm\.weight .*finite")
     tensors["norm.weight"][:] = 3e38  # finite, and its logits are not
     save_file(tensors, copy / "model.safetensors")
     reseal(copy)
-    refused(generate.main(["runs/a", "--prompt", "a"]), capsys, "logits are not finite")
+    refused(generate.main(["runs/a", "--prompt", "a"]), capsys, "logits .*finite")
 
 
 # ---- R24: a checkpoint of another run, or of none, is refused ------------------------------------
@@ -174,39 +179,45 @@ def without(*path: str) -> Callable[[Any], None]:
 
 STATES: dict[str, tuple[Callable[[Any], Any], str]] = {
     **{
-        f"no {key}": (without(key), f"{key} is missing")
+        f"no {key}": (without(key), rf"state\.json: .*\b{key} .*missing")
         for key in ("step", "total_steps", "eval_due", "trained_s", "best_val_loss", "loss_ema")
     },
-    "no position": (without("position"), "holds a model, and no run"),
-    "no data": (without("data"), "holds a model, and no run"),
-    "no facts": (lambda s: {**s, "data": {}}, "data.train.vocab_size: none"),
-    "odd facts": (lambda s: s["data"]["train"].update(shards=[3]), "data.train.shards: [3]"),
-    "no faults": (without("faults"), "faults is missing"),
-    "no rollbacks": (without("faults", "rollbacks"), "faults.rollbacks is missing"),
-    "odd faults": (lambda s: s["faults"].update(row=[[1, 2]]), "faults.row[0] is [1, 2]"),
+    "no position": (without("position"), r"model\.init_from=.*--resume"),
+    "no data": (without("data"), r"model\.init_from=.*--resume"),
+    "no facts": (lambda s: {**s, "data": {}}, r"data\.train\.vocab_size: none"),
+    "odd facts": (lambda s: s["data"]["train"].update(shards=[3]), r"data\.train\.shards: \[3\]"),
+    "no faults": (without("faults"), r"\bfaults .*missing"),
+    "no rollbacks": (without("faults", "rollbacks"), r"faults\.rollbacks .*missing"),
+    "odd faults": (lambda s: s["faults"].update(row=[[1, 2]]), r"faults\.row\[0\] .*\[1, 2\]"),
     "a fault of no kind": (
         lambda s: s["faults"].update(row=[[1, 2, "x", 1.0, 1.0]]),
-        "faults.row[0][2] is 'x', which is no overflow or nonfinite or spike",
+        r"faults\.row\[0\]\[2\] .*'x'.*overflow.*nonfinite.*spike",
     ),
     "a loss of text": (
         lambda s: s["faults"].update(row=[[1, 2, "spike", "abc", 1.0]]),
-        "faults.row[0][3] is 'abc'",
+        r"faults\.row\[0\]\[3\] .*'abc'",
     ),
-    "a list": (lambda s: [s], "not a JSON object"),
-    "a negative step": (lambda s: {**s, "step": -2}, "step is -2"),
-    "a true step": (lambda s: {**s, "step": True}, "step is True"),
-    "a step of text": (lambda s: {**s, "step": "2"}, "step is '2'"),
-    "nan": (lambda s: {**s, "best_val_loss": float("nan")}, "best_val_loss is nan"),
-    "huge": (lambda s: {**s, "trained_s": 10**400}, "trained_s is 1000"),
-    "odd losses": (lambda s: {**s, "val_losses": [1.0, {}]}, "val_losses[1] is {}"),
-    "odd history": (lambda s: {**s, "history": [{"key": "a"}]}, "history[0].new is missing"),
-    "deep": (lambda s: {**s, "x": json.loads("[" * 300 + "]" * 300)}, "nested too deep"),
-    "another step": (lambda s: {**s, "step": 3}, "step is 3, and the manifest is of step 2"),
-    "another position": (lambda s: {**s, "position": 9}, "2 steps of 4 samples"),
-    "other tokens": (lambda s: {**s, "tokens": 999}, "8 samples of 16 hold 128"),
-    "far away": (lambda s: {**s, "regular": False, "position": 2**62}, "position is 4611"),
+    "a list": (lambda s: [s], r"state\.json.* JSON object"),
+    "a negative step": (lambda s: {**s, "step": -2}, r"\bstep .*-2\b"),
+    "a true step": (lambda s: {**s, "step": True}, r"\bstep .*True\b"),
+    "a step of text": (lambda s: {**s, "step": "2"}, r"\bstep .*'2'"),
+    "nan": (lambda s: {**s, "best_val_loss": float("nan")}, "best_val_loss .*nan"),
+    "huge": (lambda s: {**s, "trained_s": 10**400}, "trained_s .*1000"),
+    "odd losses": (lambda s: {**s, "val_losses": [1.0, {}]}, r"val_losses\[1\] .*\{\}"),
+    "odd history": (lambda s: {**s, "history": [{"key": "a"}]}, r"history\[0\]\.new .*missing"),
+    "deep": (lambda s: {**s, "x": json.loads("[" * 300 + "]" * 300)}, "nested"),
+    "another step": (lambda s: {**s, "step": 3}, r"\bstep .*\b3\b.*step 2\b"),
+    "another position": (
+        lambda s: {**s, "position": 9},
+        r"position .*\b9\b.*\b2 steps\b.*\b4 samples\b",
+    ),
+    "other tokens": (
+        lambda s: {**s, "tokens": 999},
+        r"tokens .*\b999\b.*\b8 samples\b.*\b16\b.*\b128\b",
+    ),
+    "far away": (lambda s: {**s, "regular": False, "position": 2**62}, "position .*4611"),
     "no steps": (lambda s: {**s, "total_steps": 0}, "total_steps"),
-    "no tokens": (lambda s: {**s, "tokens": 0}, "tokens is 0"),
+    "no tokens": (lambda s: {**s, "tokens": 0}, r"\btokens .*\b0\b"),
 }
 
 
@@ -222,7 +233,7 @@ def test_R24_a_deep_manifest(copy: Path, capsys: Capture) -> None:
     for depth in (100, 5_000, 100_000):
         text = (copy / "manifest.json").read_text().rstrip("}\n ")
         (copy / "manifest.json").write_text(f'{text}, "x": {"[" * depth}{"]" * depth}}}')
-        refused(resume(), capsys, "manifest.json: damaged")
+        refused(resume(), capsys, r"manifest\.json: ")
 
 
 Tensors = dict[str, torch.Tensor]
@@ -230,44 +241,44 @@ OTHERS: dict[str, tuple[str, Callable[[Tensors], Any], str]] = {
     "a moment of another shape": (
         "optimizer",
         lambda t: t.update({"norm.weight/exp_avg": torch.zeros(31)}),
-        "norm.weight/exp_avg is (31,) torch.float32 there and (32,)",
+        r"norm\.weight/exp_avg .*\(31,\) torch\.float32.*\(32,\)",
     ),
     "a moment of one element": (
         "optimizer",
         lambda t: t.update({"norm.weight/exp_avg_sq": torch.zeros(1)}),
-        "norm.weight/exp_avg_sq is (1,)",
+        r"norm\.weight/exp_avg_sq .*\(1,\).*\(32,\)",
     ),
     "a moment of another type": (
         "optimizer",
         lambda t: t.update({"norm.weight/exp_avg": torch.zeros(32, dtype=torch.float16)}),
-        "norm.weight/exp_avg is (32,) torch.float16 there",
+        r"norm\.weight/exp_avg .*\(32,\) torch\.float16.*torch\.float32",
     ),
     "no second moment": (
         "optimizer",
         lambda t: t.pop("norm.weight/exp_avg_sq"),
-        "norm.weight/exp_avg_sq is missing there",
+        r"norm\.weight/exp_avg_sq .*missing",
     ),
     "no state of a parameter": (
         "optimizer",
         lambda t: [t.pop(name) for name in list(t) if name.startswith("norm.weight/")],
-        "norm.weight/exp_avg is missing there",
+        r"norm\.weight/exp_avg .*missing",
     ),
-    "no state at all": ("optimizer", lambda t: t.clear(), "/exp_avg is missing there"),
-    "state of nothing": ("optimizer", lambda t: t.update({"x/y": torch.zeros(1)}), "x"),
-    "no random state": ("trainer", lambda t: t.pop("cpu"), "trainer.cpu is missing"),
+    "no state at all": ("optimizer", lambda t: t.clear(), "/exp_avg .*missing"),
+    "state of nothing": ("optimizer", lambda t: t.update({"x/y": torch.zeros(1)}), "'x'"),
+    "no random state": ("trainer", lambda t: t.pop("cpu"), r"trainer\.cpu .*missing"),
     "a short random state": (
         "trainer",
         lambda t: t.update(cpu=t["cpu"][:100].clone()),
-        "trainer.cpu is (100,) torch.uint8",
+        r"trainer\.cpu .*\(100,\) torch\.uint8",
     ),
-    "an odd random state": ("trainer", lambda t: t["cpu"].fill_(255), "random generator"),
-    "no scale": ("trainer", lambda t: t.pop("grad_scale"), "trainer.grad_scale is missing"),
+    "an odd random state": ("trainer", lambda t: t["cpu"].fill_(255), "mt19937"),
+    "no scale": ("trainer", lambda t: t.pop("grad_scale"), r"trainer\.grad_scale .*missing"),
     "a parameter of another shape": (
         "model",
         lambda t: t.update({"norm.weight": torch.zeros(31)}),
-        "norm.weight is (31,) there and (32,) here",
+        r"norm\.weight .*\(31,\).*\(32,\)",
     ),
-    "no parameter": ("model", lambda t: t.pop("norm.weight"), "norm.weight is missing there"),
+    "no parameter": ("model", lambda t: t.pop("norm.weight"), r"norm\.weight .*missing"),
 }
 
 
@@ -297,7 +308,7 @@ def test_R24_moments_of_every_optimizer_are_checked(
         save_file({n: t for n, t in whole.items() if n != full}, file)
         reseal(STEP)
         capsys.readouterr()
-        refused(main([*command, "--resume", "auto"]), capsys, f"{full} is missing there")
+        refused(main([*command, "--resume", "auto"]), capsys, rf"{re.escape(full)} .*missing")
     save_file(whole, file)
     reseal(STEP)
     assert main([*command, "--resume", "auto", "--stop-at-step", "3"]) == 75

@@ -169,7 +169,7 @@ def test_a_slice_of_what_was_loaded_owns_its_memory() -> None:
             assert mine.to_local().untyped_storage().nbytes() == mine.to_local().nbytes
         grid = init_device_mesh("cpu", (1, 2))
         twice = DTensor.from_local(whole[:, 1:], grid, [Shard(0), Shard(1)], run_check=False)
-        with pytest.raises(TypeError, match="sharded by one dimension"):
+        with pytest.raises(TypeError, match=r"DTensor .*Shard\(.*Shard\("):
             cut(whole, twice)
     finally:
         dist.destroy_process_group()
@@ -237,7 +237,9 @@ def test_R25_hostile_slices(entry: dict[str, Any], tmp_path: Path) -> None:
         slices[FILE] = {n: v for n, v in slices[FILE].items() if v is not None}
 
     slices_of(path, change)
-    with pytest.raises(CheckpointError, match=r"rank-0000|step-00000001: malformed"):
+    with pytest.raises(
+        CheckpointError, match=r"rank-0000\d\.json: |step-00000001: .*\bmodel\.even\b"
+    ):
         load(path)
 
 
@@ -247,7 +249,7 @@ def test_R25_hostile_records(slices: Any, tmp_path: Path) -> None:
     file = tmp_path / "step-00000001" / "rank-00001.json"
     file.write_text(json.dumps({"slices": slices}))
     reseal(file.parent)
-    with pytest.raises(CheckpointError, match=r"(rank-00001\.json|step-00000001): malformed"):
+    with pytest.raises(CheckpointError, match=r"rank-00001\.json: |step-00000001: .*\bmodel\.\w"):
         load(file.parent)
 
 
@@ -255,16 +257,12 @@ def test_R25_hostile_records(slices: Any, tmp_path: Path) -> None:
 
 
 def test_a_missing_rank_is_named_and_nothing_is_left(tmp_path: Path) -> None:
-    several = writers(tmp_path, 3, patience_s=0.4)
-    for writer in several:
-        writer._ranks.patience_s = 300
-    assert save(several, 1) == [None] * 3
-    for writer in several:
-        writer._ranks.patience_s = 0.4
+    assert save(writers(tmp_path, 3), 1) == [None] * 3
+    several = writers(tmp_path, 3, session="impatient", patience_s=0.4)
     errors = save(several, 2, skip=1)
-    assert "rank 1 did not write its part within 0.4 s" in str(errors[0])
+    assert re.search(r"step-00000002\b.*\brank 1\b.*\b0\.4 s\b", str(errors[0]))
     assert errors[1] is None
-    assert "step-00000002 was not saved" in str(errors[2])
+    assert "step-00000002" in str(errors[2])
     assert not (tmp_path / "step-00000002").exists()
     assert is_intact(resolve(tmp_path), 3) == 1
     fresh = writers(tmp_path, 3, session="t")
@@ -281,8 +279,8 @@ def test_R16_one_ranks_state_that_is_not_finite_fails_the_save_of_all(tmp_path: 
         whole["model"]["even"][5, 0] = torch.nan  # on rank 1
         writer.save(1, on_rank(whole, 2, rank), {}, CONFIG)
     errors = wait(several)
-    assert "rank 1: checkpoint: model.even is not finite at step 1" in str(errors[0])
-    assert "model.even is not finite" in str(errors[1])
+    assert re.search(r"\brank 1\b.*\bmodel\.even\b.*finite.*step 1\b", str(errors[0]))
+    assert re.search(r"\bmodel\.even\b.*finite", str(errors[1]))
     assert time.monotonic() - started < 250  # nobody was waited for
     assert not [name for name in os.listdir(tmp_path) if name.startswith("step")]
     assert save(several, 2) == [None, None]
@@ -293,7 +291,7 @@ def test_R31_what_rank_0_cannot_parse_back_is_saved_by_none(tmp_path: Path) -> N
     several = writers(tmp_path, 2)
     for rank, writer in enumerate(several):
         writer.save(1, on_rank(values(1), 2, rank), {"step": 1}, "[train]\nsteps = ***\n")
-    assert ["config.toml: is not valid TOML" in str(error) for error in wait(several)] == [True] * 2
+    assert all(re.search(r"config\.toml\b.*TOML", str(error)) for error in wait(several))
     assert not list(tmp_path.glob("step-*"))
 
 
@@ -301,7 +299,7 @@ def test_a_run_that_ends_waits_for_no_rank(tmp_path: Path) -> None:
     lonely = writers(tmp_path, 2)
     lonely[0].save(1, on_rank(values(1), 2, 0), {}, CONFIG)
     lonely[0].abandon()
-    with pytest.raises(CheckpointError, match=r"step-00000001 was not saved.*run ended"):
+    with pytest.raises(CheckpointError, match=r"step-00000001\b.*\brun\b"):
         lonely[0].close()
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -72,7 +73,7 @@ def test_an_exploding_gradient_is_told_of() -> None:
         return watched.judge(1, [0] * len(steps), steps).warning
 
     assert not told(9.0, *[0.5, 0.6, 0.4] * 40), "no run begins with its usual norm"
-    assert "norm is 6.5 and was 0.5" in told(0.5, 6.5)
+    assert re.search(r"\bnorm\b.*\b6\.5\b.*\b0\.5\b", told(0.5, 6.5))
     one_small = policy().judge(1, [0] * 30, [StepNumbers(3.0, n, FINE) for n in ODD]).warning
     assert not one_small, "what is usual is an average from the first on"
     assert not told(0.5, math.inf), "what is not finite is a bad step, reported as such"
@@ -169,9 +170,8 @@ def test_the_reason_to_stop_names_samples_and_remedy(loader: Loader) -> None:
         decision = bad.judge(1, [0, 4], [StepNumbers(math.nan, 1.0, NONFINITE)] * 2)
         reason = bad.reason(decision, loader)
         ids = ", ".join(map(str, loader.sample_ids(0, 4)))
-    assert f"holds the samples {ids}." in reason
-    assert "step 1: nonfinite (loss nan" in reason
-    assert "and 1 more up to step 2" in reason
+    assert f"samples {ids}" in reason
+    assert re.search(r"step 1: nonfinite\b.*\bnan\b.*\b1 more\b.*\bstep 2\b", reason)
     assert "train.on_nonfinite = 'stop'" in reason
     assert "optim.lr" in reason
     assert "\n" not in reason

@@ -1,6 +1,7 @@
 """R33: a step that the hardware computes wrongly is found by running it again."""
 
 import random
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -202,19 +203,21 @@ def test_R33_a_run_that_goes_back_ends_at_the_bits_of_a_sound_one(
     assert trainer.state.faults.rollbacks == len(warnings) // 2 == len(passes)
     assert not (tmp_path / "run/faults").exists()
     if warnings:
-        assert "step 7: transient error: run again it came out otherwise" in warnings[0]
-        assert "back at step 6" in warnings[1]
+        assert "step 7: transient" in warnings[0]
+        assert re.search(r"\bstep 6\b.*step-00000006\b.*\bstep 7\b", warnings[1])
 
 
 def test_R33_a_step_that_came_out_otherwise_is_skipped_or_ends_the_run(tmp_path: Path) -> None:
     trainer, warnings = run(tmp_path / "a", {1})
     assert trainer.fit() == "done"
     assert [row["skipped_steps"] for row in rows(tmp_path / "a/run")] == [0] * 6 + [1] * 3
-    assert "no update was made of it" in warnings[0]
+    assert re.search("step 7: transient.*no update", warnings[0])
     trainer, _ = run(tmp_path / "b", {1}, "train.on_nonfinite=stop")
-    with pytest.raises(FloatingPointError, match=r"step 7: transient error.*on_nonfinite = 'stop'"):
+    with pytest.raises(
+        FloatingPointError, match=r"step 7: transient.*train\.on_nonfinite = 'stop'"
+    ):
         trainer.fit()
     trainer, _ = run(tmp_path / "c", set(range(100)), "train.on_nonfinite=rollback")
-    with pytest.raises(FloatingPointError, match=r"step 7: persistent error.*checkpoint 3 times"):
+    with pytest.raises(FloatingPointError, match=r"step 7: persistent.*\b3 times\b"):
         trainer.fit()
     assert trainer.state.step == 7

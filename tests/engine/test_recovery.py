@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import resource
 import shutil
 from pathlib import Path
@@ -63,7 +64,7 @@ def test_R18_a_bad_batch_is_skipped_counted_and_written_down(toy: Path) -> None:
         assert [json.loads(line)["sample"] for line in lines] == ids
     assert isinstance(trainer.console, Screen)
     assert len(trainer.console.warnings) == 2
-    assert "step 6: nonfinite (loss nan" in trainer.console.warnings[1]
+    assert "step 6: nonfinite" in trainer.console.warnings[1]
     assert trainer.state.last_eval["val_loss"]
 
 
@@ -160,7 +161,9 @@ def test_R18_a_row_of_bad_steps_goes_back_and_on_behind_them(toy: Path) -> None:
     keys = ["checkpoint.every_steps=10", "checkpoint.keep_last=5", "train.steps=30"]
     trainer = build(toy, *keys)
     spoil(trainer, range(5, 5 + MAX_SKIPPED_IN_A_ROW))
-    with pytest.raises(FloatingPointError, match="no checkpoint from before to go back to"):
+    with pytest.raises(
+        FloatingPointError, match=r"step 5: nonfinite.*no checkpoint.*checkpoint\.every_steps"
+    ):
         trainer.fit()
     trainer = build(toy, *keys, "eval.every_steps=4", name="second")
     spoil(trainer, range(5, 5 + MAX_SKIPPED_IN_A_ROW))
@@ -172,10 +175,10 @@ def test_R18_a_row_of_bad_steps_goes_back_and_on_behind_them(toy: Path) -> None:
 def test_R18_a_fault_that_comes_back_stops_the_run(toy: Path) -> None:
     trainer = build(toy, *EVERY_3, "train.steps=100", "train.on_nonfinite=rollback")
     spoil(trainer, range(8, 100))
-    with pytest.raises(FloatingPointError, match="back to a checkpoint 3 times already") as caught:
+    with pytest.raises(FloatingPointError, match=r"\bcheckpoint 3 times\b") as caught:
         trainer.fit()
     ids = trainer.train_loader.sample_ids(4 * 10, 4)
-    assert f"samples {', '.join(map(str, ids))}." in str(caught.value)
+    assert f" {', '.join(map(str, ids))}" in str(caught.value)
     assert trainer.state.step == 8
     assert trainer.state.faults.passed_over == [28, 32, 36]
 
@@ -192,8 +195,11 @@ def test_R16_a_damaged_checkpoint_is_no_place_to_go_back_to(toy: Path) -> None:
     trainer.stop_at = math.inf
     trainer.fit()
     assert isinstance(trainer.console, Screen)
-    assert any("passing over a damaged" in warning for warning in trainer.console.warnings)
-    assert any("back at step 3" in warning for warning in trainer.console.warnings)
+    for told in (
+        r"step-00000006/model\.safetensors: .*SHA-256",  # is passed over
+        r"\bstep 3\b.*step-00000003\b.*\bstep 8\b",  # is gone back to
+    ):
+        assert any(re.search(told, warning) for warning in trainer.console.warnings)
     assert trainer.state.step == 14
 
 
@@ -254,8 +260,8 @@ def test_an_exploding_gradient_is_warned_of(toy: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(NormWatch, "EXPLODED", 0.1)  # so that any norm is one
     trainer = build(toy, "train.steps=22", "log.every_steps=11", name=None)
     assert trainer.fit() == "done"
-    warned = "step 22: the gradient explodes"
-    assert [text[: len(warned)] for text in trainer.console.warnings] == [warned]  # type: ignore[union-attr]
+    (warning,) = trainer.console.warnings  # type: ignore[union-attr]
+    assert re.match(r"step 22: .*\bgradient\b.*optim\.lr", warning)
 
 
 def test_R19_the_same_steps_are_spikes_after_a_resume(toy: Path) -> None:

@@ -57,7 +57,7 @@ def test_R15_a_state_given_up_is_saved_or_an_error_tells_why_not(
     rng = rng_state(run.device)
     with Faults(toy.parent / "run/checkpoints", before=full):
         run.saver.save_once()  # in the background, or at once: it fails
-        with pytest.raises(CheckpointError, match="free some space"):
+        with pytest.raises(CheckpointError, match=r"No space left.*free"):
             run.saver.save_now(rng)
     run.saver.save_now(rng)
     assert checkpoint.resolve(toy.parent / "run").name == "step-00000000"
@@ -160,7 +160,7 @@ def test_R15_ranks_that_give_up_different_steps_save_nothing_and_do_not_wait(toy
     run.state.step, run.state.position, run.state.tokens = 5, 20, 320
     run.saver.world = World(rank=0, size=2, store=store)
     store.set("saves step of 1", "6")
-    with pytest.raises(CheckpointError, match="rank 1 is at step 6 and rank 0 at step 5"):
+    with pytest.raises(CheckpointError, match=r"rank 1 .*step 6\b.*rank 0 .*step 5\b"):
         run.saver.save_now(rng_state(run.device))
     assert list((toy.parent / "run/checkpoints").iterdir()) == []
     store.set("saves step of 1", "5")

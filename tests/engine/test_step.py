@@ -343,11 +343,11 @@ def test_R1_a_step_compiles_in_one_graph_and_adds_no_gradients_up_in_threads_ord
     doc_starts = tokens % 4 == 0 if model else None
     torch._dynamo.reset()
     backend = aot_autograd(fw_compiler=run_as_it_is, decompositions=select_decomp_table())
-    compiled = torch.compile(step._loss, fullgraph=True, dynamic=False, backend=backend)
+    compiled = torch.compile(step.loss_fn, fullgraph=True, dynamic=False, backend=backend)
     loss = compiled(tokens, targets, doc_starts)
     loss.backward()
     grads = [p.grad for p in step.parameters]
-    expected = step._loss(tokens, targets, doc_starts)
+    expected = step.loss_fn(tokens, targets, doc_starts)
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
     for grad, other in zip(grads, torch.autograd.grad(expected, step.parameters), strict=True):
         torch.testing.assert_close(grad, other, rtol=1e-4, atol=1e-6)
@@ -385,7 +385,8 @@ def test_R20_matrices_rounded_once_a_step_give_the_bits_of_autocast(
     for step in (plain, ours):
         if compiled:
             torch._dynamo.reset()
-            step.loss_fn = torch.compile(step._loss, fullgraph=True, dynamic=False, backend=noted)
+            options = {"fullgraph": True, "dynamic": False, "backend": noted}
+            step.loss_fn = torch.compile(step.loss_fn, **options)
     for _ in range(2):
         for step in (plain, ours):
             step(split(uneven_rows(), 4), 1e-2)

@@ -58,6 +58,11 @@ def statuses(report: Diagnosis) -> dict[str, str]:
     return {f.check: f.status for f in report.findings}
 
 
+def detail(report: Diagnosis, check: str) -> str:
+    (found,) = (f.detail for f in report.findings if f.check == check)
+    return found
+
+
 def faults(report: Diagnosis) -> set[str]:
     return {f.check for f in report.findings if f.status != "pass"}
 
@@ -118,10 +123,10 @@ def test_the_batches_that_trainers_take_or_an_error(batch: tuple[Tensor, Tensor]
     for form in (tokens, [tokens], {"input_ids": tokens, "labels": None}, [t.int() for t in batch]):
         assert not diagnose(plain(), form).failed
     for wrong, message in (
-        ({"x": tokens}, "no input_ids; name the tokens input_ids"),
-        ((tokens, targets, targets), "tuple and length 3; give a pair"),
-        ((tokens.tolist(), targets.tolist()), "input_ids is of type list; give a tensor"),
-        (None, "is of type NoneType; give"),
+        ({"x": tokens}, "'x'.*input_ids"),
+        ((tokens, targets, targets), r"\btuple\b.*\b3\b.*\(input_ids, target_ids\)"),
+        ((tokens.tolist(), targets.tolist()), r"input_ids .*\blist\b.*\(B, T\)"),
+        (None, r"NoneType\b.*\(input_ids, target_ids\)"),
     ):
         with pytest.raises(UserError, match=message):
             diagnose(plain(), wrong)
@@ -137,7 +142,7 @@ def test_a_model_that_returns_no_logits_is_a_line_too(
         model.forward = lambda tokens: None  # type: ignore[assignment,method-assign]
     report = diagnose(model, batch)
     assert faults(report) == {"logits"}
-    assert "return one row of logits for each token" in str(report)
+    assert "logits (B, T, V)" in str(report)
 
 
 def test_a_learning_rate_of_zero(batch: tuple[Tensor, Tensor]) -> None:
@@ -161,7 +166,7 @@ def test_a_layer_that_no_gradient_reaches_is_named(batch: tuple[Tensor, Tensor])
     model.unused = nn.Linear(4, 4)
     report = diagnose(model, batch, optimizer=torch.optim.AdamW(model.parameters(), weight_decay=0))
     assert faults(report) == {"gradients", "update"}
-    assert "2 parameters: unused.weight, unused.bias" in str(report)
+    assert re.search(r"\b2\b.*: unused\.weight, unused\.bias", str(report))
 
 
 def test_a_parameter_outside_the_optimizer_is_named(batch: tuple[Tensor, Tensor]) -> None:
@@ -189,7 +194,7 @@ def test_ids_out_of_range(batch: tuple[Tensor, Tensor], wrong: int, which: str) 
     (batch[0] if which == "tokens" else batch[1])[1, 3] = wrong
     report = diagnose(plain(), batch)
     assert statuses(report)["range"] == "fail"
-    assert f"1 {which} outside [0, {V}), such as {wrong}" in str(report)
+    assert re.search(rf"\b1 {which} .*\[0, {V}\).*[ =]{wrong}\b", str(report))
 
 
 def test_data_of_the_wrong_shape_or_kind(batch: tuple[Tensor, Tensor]) -> None:
@@ -202,7 +207,7 @@ def test_data_of_the_wrong_shape_or_kind(batch: tuple[Tensor, Tensor]) -> None:
 def test_a_model_that_raises_is_a_line_too(batch: tuple[Tensor, Tensor]) -> None:
     report = diagnose(nn.Sequential(nn.Embedding(V, 4), nn.Linear(5, V)), batch)
     assert faults(report) == {"forward"}
-    assert re.search(r"raises RuntimeError: .*64x4 and 5x64", str(report))
+    assert re.search(r"RuntimeError: .*64x4 and 5x64", str(report))
 
 
 def test_an_exploding_initialisation(batch: tuple[Tensor, Tensor]) -> None:
@@ -222,8 +227,9 @@ def test_the_first_layer_that_makes_nan_is_named(batch: tuple[Tensor, Tensor]) -
         model.blocks[1].mlp.up.weight[0, 0] = float("nan")
     report = diagnose(model, batch)
     assert statuses(report)["finite"] == "fail"
-    assert "first comes out of blocks.1.mlp.up;" in str(report)
-    assert "not finite itself: blocks.1.mlp.up.weight" in str(report)
+    told = detail(report, "finite")
+    assert re.search(r" blocks\.1\.mlp\.up(?!\.)", told)
+    assert re.search(r" blocks\.1\.mlp\.up\.weight\b", told)
 
     class Root(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -231,7 +237,7 @@ def test_the_first_layer_that_makes_nan_is_named(batch: tuple[Tensor, Tensor]) -
 
     broken = plain()
     broken.mlp[1] = Root()
-    assert "first comes out of mlp.1\n" in str(diagnose(broken, batch))
+    assert re.search(r" mlp\.1$", detail(diagnose(broken, batch), "finite"))
 
 
 def test_a_gradient_that_is_not_finite_is_named(batch: tuple[Tensor, Tensor]) -> None:
@@ -247,7 +253,7 @@ def test_a_gradient_that_is_not_finite_is_named(batch: tuple[Tensor, Tensor]) ->
     model.norm = Norm()
     report = diagnose(model, batch)
     assert statuses(report)["gradient norm"] == "fail"
-    assert "first in norm.weight" in str(report)
+    assert re.search(r" norm\.weight\b", detail(report, "gradient norm"))
 
 
 @pytest.mark.parametrize("zeroed", [False, True])

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import socket
 from pathlib import Path
 from types import SimpleNamespace
@@ -170,9 +171,9 @@ def test_what_greedy_writes_is_known_as_such(tmp_path: Path) -> None:
 def test_what_the_tokenizer_cannot_say_is_refused(tmp_path: Path) -> None:
     lm = ours(make(tmp_path / "run", "letters"))
     assert lm.loglikelihood(requests(("the", " fox")))[0][0] < 0.0
-    with pytest.raises(UserError, match="no end-of-text token"):
+    with pytest.raises(UserError, match="end-of-text"):
         lm.loglikelihood(requests(("", "fox")))
-    with pytest.raises(UserError, match=r'no token for any of "12"'):
+    with pytest.raises(UserError, match=r'token .*"12"'):
         lm.loglikelihood(requests(("12", " fox")))
 
 
@@ -222,12 +223,12 @@ def test_the_example_task_is_sound(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--tasks", "choises"], "'choises' is not a registered task"),
-        (["--tasks", "lost"], "nowhere.jsonl"),
-        (["--tasks", "choices", "--include-path", "nowhere"], "nowhere: no such folder; name one"),
-        (["--tasks", "choices", "--limit", "0"], "--limit must be at least 1, got 0"),
-        (["--tasks", "choices", "--batch-size", "0"], "--batch-size must be at least 1"),
-        (["--tasks", "choices", "--num-fewshot", "-1"], "--num-fewshot must be at least 0, got -1"),
+        (["--tasks", "choises"], "'choises'.*lm_eval ls tasks"),
+        (["--tasks", "lost"], r"nowhere\.jsonl"),
+        (["--tasks", "choices", "--include-path", "nowhere"], "nowhere: .*YAML"),
+        (["--tasks", "choices", "--limit", "0"], r"--limit .*\b0\b"),
+        (["--tasks", "choices", "--batch-size", "0"], r"--batch-size .*\b0\b"),
+        (["--tasks", "choices", "--num-fewshot", "-1"], "--num-fewshot .*-1"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(
@@ -237,7 +238,7 @@ def test_bad_input_is_one_line_and_status_2(
     assert main([str(run), "--include-path", str(tasks), *arguments]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
-    assert message in line
+    assert re.search(message, line)
 
 
 def test_what_is_missing_is_named(
@@ -247,7 +248,7 @@ def test_what_is_missing_is_named(
     command = [str(run), "--include-path", str(tasks), "--tasks", "choices", "--limit", "1"]
     (run / "tokenizer.json").rename(tmp_path / "elsewhere.json")
     assert main(command) == 2
-    assert "no tokenizer.json; name one with --tokenizer PATH" in capsys.readouterr().err
+    assert re.search(r"tokenizer\.json.*--tokenizer PATH", capsys.readouterr().err)
     assert main([*command, "--tokenizer", str(tmp_path / "elsewhere.json")]) == 0
     config = str(write_config(tmp_path))
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
@@ -258,7 +259,7 @@ def test_what_is_missing_is_named(
     without = lambda name, *rest: None if name == "lm_eval" else there(name, *rest)  # noqa: E731
     monkeypatch.setattr("importlib.util.find_spec", without)
     assert train([config, 'eval.tasks=["choices"]']) == 2
-    assert "pip install lm_eval, or unset eval.tasks" in capsys.readouterr().err
+    assert re.search(r"pip install lm_eval.*eval\.tasks", capsys.readouterr().err)
 
 
 # ---- in training ---------------------------------------------------------------------------------
@@ -356,7 +357,7 @@ def test_a_task_that_fails_does_not_end_the_run(
     run = trained(tmp_path, tasks, "run", 'eval.tasks=["choices"]')
     assert rows(run, "tasks") == []
     assert [row["step"] for row in rows(run, "eval")] == [3, 6, 9, 12]
-    assert "no scores: it cannot be (training goes on)" in (run / "train.log").read_text()
+    assert re.search(r"eval\.tasks\b.*it cannot be", (run / "train.log").read_text())
 
 
 def test_training_does_not_begin_with_what_it_cannot_score(
@@ -370,5 +371,5 @@ def test_training_does_not_begin_with_what_it_cannot_score(
         (np.arange(3000) % 60).astype("<u2").tofile(tmp_path / f"{split}.bin")
     values += [f"data.path={tmp_path}", "data.dtype=uint16", "model.vocab_size=64"]
     assert train([config, *values, 'eval.tasks=["choices"]']) == 2
-    assert "eval.tasks needs the dataset's tokenizer.json" in capsys.readouterr().err
+    assert re.search(r"eval\.tasks .*tokenizer\.json", capsys.readouterr().err)
     assert not (tmp_path / "run").exists()

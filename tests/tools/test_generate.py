@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -194,7 +195,7 @@ def test_stop_token_ends_rows_and_fills_them_up() -> None:
 
 @pytest.mark.parametrize("shape", [(3,), (2, 0)])
 def test_prompts_of_a_wrong_shape_are_refused(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match="tokens must be"):
+    with pytest.raises(ValueError, match=rf"tokens .*\(B, T\).*{re.escape(str(shape))}"):
         generate(small_model(), torch.zeros(shape, dtype=torch.long), max_new_tokens=1)
 
 
@@ -266,7 +267,8 @@ def test_load_model_takes_the_newest_where_none_is_best(run_dir: Path, tmp_path:
 @pytest.mark.parametrize(("path", "which"), [("nowhere", "best"), ("", "first"), ("empty", "best")])
 def test_load_model_says_what_is_wrong(tmp_path: Path, path: str, which: str) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"no such folder|which must be|no checkpoint"):
+    message = f"which .*'{which}'" if which == "first" else rf"{tmp_path}/{path}: .*name .*folder"
+    with pytest.raises(UserError, match=message):
         load_model(tmp_path / path, which=which)
 
 
@@ -311,14 +313,14 @@ def test_an_empty_prompt_starts_a_document(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere"], "no such folder"),
-        (["RUN", "--top-p", "1.5"], "top_p must be above 0"),
-        (["RUN", "--top-k", "0"], "top_k must be at least 1"),
-        (["RUN", "--temperature", "-1"], "temperature must be at least 0"),
-        (["RUN", "--max-tokens", "0"], "--max-tokens must be at least 1"),
-        (["RUN", "--device", "cuda:99"], "names no CUDA device"),
-        (["RUN", "--tokenizer", "missing.json"], "no such tokenizer"),
-        (["RUN/checkpoints/step-00000030"], "no such folder"),
+        (["nowhere"], "nowhere: .*folder"),
+        (["RUN", "--top-p", "1.5"], r"top_p .*\b1\.5\b"),
+        (["RUN", "--top-k", "0"], r"top_k .*\b0\b"),
+        (["RUN", "--temperature", "-1"], "temperature .*-1"),
+        (["RUN", "--max-tokens", "0"], r"--max-tokens .*\b0\b"),
+        (["RUN", "--device", "cuda:99"], "cuda:99.*CUDA"),
+        (["RUN", "--tokenizer", "missing.json"], r"missing\.json: .*tokenizer\.json"),
+        (["RUN/checkpoints/step-00000030"], "step-00000030: .*folder"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(
@@ -328,7 +330,7 @@ def test_bad_input_is_one_line_and_status_2(
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith("error: ")
-    assert message in captured.err
+    assert re.search(message, captured.err)
     assert captured.err.count("\n") == 1
 
 
@@ -358,7 +360,7 @@ def test_a_prompt_that_is_not_utf_8_is_one_line(
     assert main([str(run_dir), "--interactive"]) == 2
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 2
-    assert all(line.startswith("error: ") and "is not UTF-8" in line for line in said)
+    assert all(line.startswith("error: ") and "UTF-8" in line for line in said)
 
 
 # ---- texts: whole characters, stop strings, batches of prompts, interactive use ------------------
@@ -441,4 +443,4 @@ def test_the_command_takes_several_prompts_stops_and_lines(
     assert capsys.readouterr().out == "".join(f"{text}\n" for text in texts.values())
     for wrong in (["--interactive", "--prompt", "a"], ["--stop", ""]):
         assert main([*command, *wrong]) == 2
-        assert "error: --" in capsys.readouterr().err
+        assert capsys.readouterr().err.startswith(f"error: {wrong[0]} ")

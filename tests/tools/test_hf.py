@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -149,7 +150,7 @@ def test_command_line_both_ways(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "model.init_from" in capsys.readouterr().out
     assert load_model(tmp_path / "again").seq_len == 16
     assert main(arguments) == 2
-    assert "exists already" in capsys.readouterr().err
+    assert re.match(rf"error: {tmp_path}/again .*folder", capsys.readouterr().err)
 
 
 def test_an_export_is_a_folder_that_the_hub_takes(tmp_path: Path) -> None:
@@ -200,12 +201,12 @@ def test_a_name_that_is_no_folder_says_how_to_download_it(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=rf"hf download {name} .*--local-dir {name} .*again"):
+    with pytest.raises(UserError, match=rf"^{name}: .*hf download {name} .*--local-dir {name}\b"):
         import_model(name, "run")
-    with pytest.raises(UserError, match="no such folder; give the folder of a downloaded model"):
+    with pytest.raises(UserError, match=rf"^{tmp_path}/none: .*folder"):
         import_model(tmp_path / "none", "run")
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="not a folder; give the folder"):
+    with pytest.raises(UserError, match=r"^file: .*not a folder"):
         import_model("file", "run")
 
 
@@ -213,9 +214,9 @@ def test_a_name_that_is_no_folder_says_how_to_download_it(
     ("options", "message"),
     [
         ({"value_embeddings": True}, "value_embeddings"),
-        ({"mlp": "relu2"}, 'llama has no model.mlp = "relu2"'),
+        ({"mlp": "relu2"}, r'llama .*model\.mlp = "relu2"'),
         ({"sliding_window_tokens": 8}, "sliding_window_tokens = 8"),
-        ({"bias": True, "qk_norm": True}, "qwen3 has no model.bias = true;"),
+        ({"bias": True, "qk_norm": True}, r"qwen3 .*model\.bias = true"),
     ],
 )
 def test_what_has_no_counterpart_is_named(
@@ -234,9 +235,9 @@ def test_what_has_no_counterpart_is_named(
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4}}, "yarn"),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"num_hidden_layers": 3}, "n_layers = 3"),
-        ({"num_hidden_layers": 1}, "unknown"),
-        ({"hidden_size": 64, "head_dim": 8}, "do not fit"),
-        ({"hidden_size": None}, "'hidden_size' is missing"),
+        ({"num_hidden_layers": 1}, r"config\.json .*model\.layers\.1\."),
+        ({"hidden_size": 64, "head_dim": 8}, r"tensors .*\[model\].*data\.seq_len"),
+        ({"hidden_size": None}, "'hidden_size'"),
     ],
 )
 def test_a_foreign_model_is_refused_with_the_reason(
@@ -254,7 +255,7 @@ def test_a_pickle_is_refused_with_the_way_to_convert_it(exported: Path, tmp_path
     with pytest.raises(UserError, match="safe_serialization"):
         import_model(exported, tmp_path / "again")
     (exported / "model.safetensors").write_bytes(b"not one")
-    with pytest.raises(UserError, match="damaged: header of"):
+    with pytest.raises(UserError, match=r"model\.safetensors: .*header"):
         import_model(exported, tmp_path / "again")
 
 
@@ -301,7 +302,7 @@ def test_a_tensor_in_two_files_is_refused(exported: Path, tmp_path: Path) -> Non
     (exported / "copy.safetensors").write_bytes((exported / "model.safetensors").read_bytes())
     index = {"weight_map": {"a": "model.safetensors", "b": "copy.safetensors"}}
     (exported / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match="is in another file too"):
+    with pytest.raises(UserError, match=r"\.safetensors: .*another file"):
         import_model(exported, tmp_path / "again")
 
 
@@ -318,7 +319,7 @@ def test_a_full_disk_leaves_no_half_made_folder(
     for command, source in (("export", tmp_path / "run"), ("import", exported)):
         assert main([command, str(source), str(tmp_path / "out")]) == 2
         shown = capsys.readouterr().err
-        assert "No space left on device); free some space" in shown
+        assert re.search("No space left on device.*free", shown)
         assert len(shown.splitlines()) == 1
         assert not (tmp_path / "out").exists()
 

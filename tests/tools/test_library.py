@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -231,46 +232,47 @@ def test_a_training_prints_the_lines_of_the_command_line_unless_it_is_quiet(
 
 
 def test_a_terminal_shows_a_bar_that_is_gone_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn, model = [], toy()
-    monkeypatch.setattr("fasttrain.log.console.Live", Mock())
+    drawn, bar, model = [], Mock(), toy()
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setattr("fasttrain.log.console.Live", bar)
+    monkeypatch.setattr(
+        "fasttrain.log.console.Console.progress", lambda _, *values: drawn.append(values)
+    )
     trainer = Trainer(model, torch.optim.AdamW(model.parameters()), config=config())
-    assert trainer._console is not None
-    monkeypatch.setattr(trainer._console, "interactive", True)
-    monkeypatch.setattr(trainer._console, "_emit", lambda *_: None)
-    monkeypatch.setattr(trainer._console, "progress", lambda *values: drawn.append(values))
     trainer.train_epoch(DataLoader(data(), batch_size=4))
     assert [(step, last, tokens) for step, last, tokens, *_ in drawn] == [
         (n, 6, n * 4 * T) for n in range(1, 7)
     ]
     assert drawn[-1][3:] == (1.0, 0.0)
-    trainer._console._bar.stop.assert_called()  # type: ignore[attr-defined]
+    bar.return_value.stop.assert_called()
 
 
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("model", "gpt2", r"model is 'gpt2'; pass a torch\.nn\.Module"),
-        ("model", Toy, r"model is the class Toy; pass an instance, Toy\(…\)"),
-        ("optimizer", None, r"optimizer is None; give one of torch\.optim"),
-        ("optimizer", torch.optim.AdamW, r"optimizer is the class AdamW; give one of torch"),
-        ("scheduler", "cosine", r"scheduler is 'cosine'; give one of torch\.optim\.lr_scheduler"),
-        ("scheduler", StepLR, "scheduler is the class StepLR; give"),
-        ("criterion", "ce", r"criterion is 'ce'; give a function of logits"),
-        ("criterion", nn.CrossEntropyLoss, "criterion is the class CrossEntropyLoss; give"),
-        ("config", 3, "config is of type int; give a TrainConfig"),
-        ("run_dir", 3, "run_dir is 3; pass the path of a folder"),
-        ("run_dir", ["runs"], "run_dir is of type list; pass the path"),
-        ("accumulate", 2.0, r"accumulate is 2\.0; pass the number of batches"),
-        ("accumulate", "2", "accumulate is '2'; pass"),
-        ("accumulate", True, "accumulate is True; pass"),
-        ("accumulate", 0, "accumulate must be at least 1, got 0"),
-        ("metrics", [max], "metrics is of type list; pass a dict"),
-        ("metrics", {"accuracy": 0.5}, r"metrics\['accuracy'\] is 0\.5; pass a function"),
-        ("metrics", {1: max}, "metrics has the name 1; names are strings"),
-        ("callbacks", None, "callbacks is None; pass a list of callbacks, or leave it out"),
-        ("callbacks", "log", "callbacks holds 'log'; give objects with any of on_step_end"),
-        ("callbacks", [None], "callbacks holds None; give"),
-        ("quiet", "no", "quiet is 'no'; pass True or False"),
+        ("model", "gpt2", r"model .*'gpt2'.*torch\.nn\.Module"),
+        ("model", Toy, r"model .*class Toy\b.*Toy\(…\)"),
+        ("optimizer", None, r"optimizer .*None.*torch\.optim"),
+        ("optimizer", torch.optim.AdamW, r"optimizer .*class AdamW\b.*torch\.optim"),
+        ("scheduler", "cosine", r"scheduler .*'cosine'.*torch\.optim\.lr_scheduler"),
+        ("scheduler", StepLR, r"scheduler .*class StepLR\b.*torch\.optim\.lr_scheduler"),
+        ("criterion", "ce", "criterion .*'ce'.*logits"),
+        ("criterion", nn.CrossEntropyLoss, r"criterion .*class CrossEntropyLoss\b.*logits"),
+        ("config", 3, r"config .*\bint\b.*TrainConfig"),
+        ("run_dir", 3, r"run_dir .*\b3\b.*folder"),
+        ("run_dir", ["runs"], r"run_dir .*\blist\b.*folder"),
+        ("accumulate", 2.0, r"accumulate .*2\.0.*batches"),
+        ("accumulate", "2", "accumulate .*'2'.*batches"),
+        ("accumulate", True, "accumulate .*True.*batches"),
+        ("accumulate", 0, r"accumulate .*\b0\b"),
+        ("metrics", [max], r"metrics .*\blist\b.*dict"),
+        ("metrics", {"accuracy": 0.5}, r"metrics\['accuracy'\] .*0\.5.*function"),
+        ("metrics", {1: max}, r"metrics .*\b1\b.*string"),
+        ("callbacks", None, "callbacks .*None.*list"),
+        ("callbacks", "log", "callbacks .*'log'.*on_step_end"),
+        ("callbacks", [None], "callbacks .*None.*on_step_end"),
+        ("quiet", "no", "quiet .*'no'.*True.*False"),
     ],
 )
 def test_an_argument_of_a_wrong_kind_is_one_line_that_names_it(
@@ -288,12 +290,12 @@ def test_what_is_no_loader_or_no_path_is_named() -> None:
     trainer = Trainer(model, torch.optim.AdamW(model.parameters()), config=config())
     batch = {"input_ids": torch.ones(2, T).long()}
     for call, message in (
-        (lambda: trainer.train(None), "train_loader is None; pass a DataLoader or list"),  # type: ignore[arg-type]
-        (lambda: trainer.train(batch), "train_loader is of type dict; pass a DataLoader or list"),
-        (lambda: trainer.train([batch], 3), "val_loader is 3; pass"),  # type: ignore[arg-type]
-        (lambda: trainer.train_epoch("text"), "loader is 'text'; pass"),
-        (lambda: trainer.save_checkpoint(3), "path is 3; pass the path of a folder"),  # type: ignore[arg-type]
-        (lambda: trainer.load_checkpoint(3), "path is 3; pass the path of a folder"),  # type: ignore[arg-type]
+        (lambda: trainer.train(None), "train_loader .*None.*DataLoader"),  # type: ignore[arg-type]
+        (lambda: trainer.train(batch), r"train_loader .*\bdict\b.*DataLoader"),
+        (lambda: trainer.train([batch], 3), r"val_loader .*\b3\b.*DataLoader"),  # type: ignore[arg-type]
+        (lambda: trainer.train_epoch("text"), "loader .*'text'.*DataLoader"),
+        (lambda: trainer.save_checkpoint(3), r"path .*\b3\b.*folder"),  # type: ignore[arg-type]
+        (lambda: trainer.load_checkpoint(3), r"path .*\b3\b.*folder"),  # type: ignore[arg-type]
     ):
         with pytest.raises(UserError, match=f"^Trainer: {message}"):
             call()
@@ -304,7 +306,7 @@ def test_lists_in_a_batch_are_refused_with_a_hint_at_collate_fn() -> None:
     model = toy()
     trainer = Trainer(model, torch.optim.AdamW(model.parameters()), config=config())
     for batch in ({"input_ids": [[1, 2], [3]]}, [{"input_ids": [1, 2]}] * 3):
-        with pytest.raises(UserError, match=r"of type list.*DataLoader's collate_fn"):
+        with pytest.raises(UserError, match=r"\blist\b.*collate_fn"):
             trainer.train([batch])
 
 
@@ -314,16 +316,14 @@ def test_labels_that_are_all_ignored_are_warned_of_once() -> None:
     labels = torch.full((2, T), -100)
     batch = {"input_ids": torch.ones(2, T).long(), "labels": labels}
     trainer = Trainer(model, torch.optim.AdamW(model.parameters()), config=config())
-    with pytest.warns(
-        UserWarning, match="all of its labels .* are -100, the ignore_index"
-    ) as caught:
+    with pytest.warns(UserWarning, match="labels .*-100.*ignore_index") as caught:
         trainer.train([batch] * 8)
     assert len(caught) == 1
     assert trainer.skipped_steps == 8
     assert torch.equal(weights(model), before)
 
 
-@pytest.mark.filterwarnings("ignore:Trainer. step . had no target")
+@pytest.mark.filterwarnings("ignore:Trainer. step . .*target")
 def test_a_step_without_targets_has_no_loss(tmp_path: Path) -> None:
     ids = data(1)[0]["input_ids"][None]
     empty = {"input_ids": ids, "labels": torch.full_like(ids, -100)}
@@ -350,14 +350,14 @@ def test_what_is_frozen_wholly_is_said() -> None:
     model = toy()
     trainer = Trainer(model, torch.optim.SGD(model.parameters(), lr=0.1), config=config())
     model.requires_grad_(False)
-    with pytest.raises(UserError, match=r"no parameter .* requires a gradient.*; unfreeze"):
+    with pytest.raises(UserError, match=r"optimizer .*gradient.*requires_grad_\(\)"):
         trainer.train([data(1)[0]["input_ids"][None]])
 
 
 def test_a_scheduler_of_another_optimizer_is_refused() -> None:
     model = toy()
     optimizer, other = (torch.optim.SGD(model.parameters(), lr=0.1) for _ in range(2))
-    with pytest.raises(UserError, match="scheduler is made for another SGD; make it with"):
+    with pytest.raises(UserError, match=r"scheduler .*\bSGD\b.*optimizer"):
         Trainer(model, optimizer, StepLR(other, 1))
 
 
@@ -415,16 +415,30 @@ def test_early_stopping_and_plateau_of_torch() -> None:
 def test_an_evaluation_that_is_nan_hinders_no_save(tmp_path: Path) -> None:
     model = toy()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    settings = config(train={"steps": 2}, eval={"every_steps": 1})
-    trainer = Trainer(model, optimizer, None, None, settings, run_dir=tmp_path / "run")
-    with torch.no_grad():
-        next(model.parameters()).fill_(math.nan)
-    with trainer._training([], None):
-        trainer._evaluated(DataLoader(data(4), batch_size=4))
-    assert math.isnan(trainer._last_result["val_loss"])
-    with torch.no_grad():
-        next(model.parameters()).fill_(0.5)
-    trainer.save_checkpoint()
+    settings = config(train={"steps": 2}, eval={"every_steps": 2})
+    results = []
+
+    class Spoil(Callback):
+        """Makes the model NaN for the time of step 2 and its evaluation."""
+
+        def on_step_end(self, trainer: Trainer) -> None:
+            if trainer.step == 1:
+                self.fill(math.nan)
+
+        def on_evaluate(self, trainer: Trainer, result: dict[str, float]) -> None:
+            results.append(result["val_loss"])
+            self.fill(0.5)
+
+        def fill(self, value: float) -> None:
+            with torch.no_grad():
+                next(model.parameters()).fill_(value)
+
+    trainer = Trainer(
+        model, optimizer, None, None, settings, run_dir=tmp_path / "run", callbacks=[Spoil()]
+    )
+    loader = DataLoader(data(8), batch_size=4)
+    trainer.train(loader, loader)
+    assert [math.isnan(result) for result in results] == [True]
     trainer.val_losses.clear()
     trainer.load_checkpoint()
     assert trainer.val_losses == [sys.float_info.max]
@@ -455,7 +469,7 @@ def test_a_checkpoint_is_written_where_it_is_told_to(with_run_dir: bool, tmp_pat
             again.train(loader)
             assert torch.equal(weights(again.model), weights(trainer.model))
     for wrong in (path, *([tmp_path / "run"] if with_run_dir else [])):
-        with pytest.raises(UserError, match="is a run folder or a checkpoint; give another"):
+        with pytest.raises(UserError, match=f"save_checkpoint: {re.escape(str(wrong))} .*folder"):
             trainer.save_checkpoint(wrong)
 
 
@@ -481,10 +495,10 @@ def test_a_config_may_be_a_dict() -> None:
     without_horizon = {"run": {"device": "cpu"}, "train": {"max_grad_norm": None}}
     assert Trainer(model, optimizer, config=without_horizon).config.train.epochs == 1
     for wrong, message in (
-        ({"lr": 1e-3}, r"did you mean optim\.lr"),
-        ({"train": 3}, r"must be a section"),
-        ("configs/base.toml", r"config is of type str; give a TrainConfig, load_config\(path\)"),
-        (LoopConfig(steps=2), "config is of type LoopConfig; give"),
+        ({"lr": 1e-3}, r"\blr .*optim\.lr"),
+        ({"train": 3}, r"train .*3.*\[train\]"),
+        ("configs/base.toml", r"config .*\bstr\b.*TrainConfig.*load_config\(path\)"),
+        (LoopConfig(steps=2), "config .*LoopConfig.*TrainConfig"),
     ):
         with pytest.raises(UserError, match=message):
             Trainer(model, optimizer, config=wrong)  # type: ignore[arg-type]
@@ -508,11 +522,9 @@ def test_a_callback_need_not_inherit_and_what_is_none_is_refused() -> None:
     Trainer(model, optimizer, config=config(), callbacks=alone).train(loader)  # type: ignore[arg-type]
     assert duck.steps == alone.steps == 8
     for wrong in (print, Duck, Watcher, object()):
-        with pytest.raises(
-            UserError, match=r"callbacks holds .*; give objects with any of on_step_end"
-        ):
+        with pytest.raises(UserError, match=f"callbacks .*{re.escape(repr(wrong))}.*on_step_end"):
             Trainer(model, optimizer, config=config(), callbacks=[wrong])
-    with pytest.raises(UserError, match=r"optimizer is 'adamw'; give one of torch\.optim"):
+    with pytest.raises(UserError, match=r"optimizer .*'adamw'.*torch\.optim"):
         Trainer(model, "adamw", config=config())  # type: ignore[arg-type]
 
 
@@ -538,15 +550,13 @@ def test_an_index_outside_a_table_names_both_and_nothing_else_is_refused() -> No
         return trainer
 
     for wrong, name in ((beyond, f"{V + 3}"), (negative, "-1")):
-        with pytest.raises(
-            UserError, match=f"index {name} is outside the {V} rows of table; .*use"
-        ):
+        with pytest.raises(UserError, match=rf"index {name}\b.* {V} .*\btable\b.*tokenizer"):
             train(toy(), ids, wrong)
     labelled = {"input_ids": ids, "target_ids": ids}
     assert torch.isfinite(weights(train(Hashed(), {**labelled, "input_ids": beyond}).model)).all()
-    with pytest.raises(UserError, match=rf"the {T} rows of positions; .* shorter sequences"):
+    with pytest.raises(UserError, match=rf"index {2 * T - 1}\b.* {T} .*\bpositions\b"):
         train(Hashed(), ids, longer)
-    with pytest.raises(UserError, match=f"a target is {V + 3}, and the model returns {V} logits"):
+    with pytest.raises(UserError, match=rf"target .*\b{V + 3}\b.*\b{V} logits"):
         train(toy(), {**labelled, "target_ids": beyond})
     model = train(toy(), ids, ids).model
     assert not any(module._forward_pre_hooks for module in model.modules())
@@ -579,16 +589,17 @@ def test_keys_that_have_no_effect_are_named_in_one_warning(tmp_path: Path) -> No
         log={"profile_steps": [1, 2], "csv": True}, train={"z_loss": 0.1, "label_smoothing": 0.1},
     )  # fmt: skip
     common = ["optim.name", "optim.lr", "schedule.warmup_steps"]
-    losses = ["train.label_smoothing (needs criterion=None)", "train.z_loss (needs criterion=None)"]
+    losses = ["train.label_smoothing criterion=None", "train.z_loss criterion=None"]
     for criterion, run_dir, keys in (
-        (nn.CrossEntropyLoss(), None, [*common, *losses, "log.csv (needs run_dir)"]),
+        (nn.CrossEntropyLoss(), None, [*common, *losses, "log.csv run_dir"]),
         (None, tmp_path / "run", common),
     ):
-        with pytest.warns(UserWarning, match="Trainer: ignores") as caught:
+        with pytest.warns(UserWarning, match=r"^Trainer: .*optim\.name") as caught:
             Trainer(model, optimizer, None, criterion, settings, run_dir=run_dir)
         (warning,) = caught
-        named = str(warning.message).partition(";")[0].removeprefix("Trainer: ignores ")
-        assert named.split(", ") == [*keys, "log.profile_steps"]
+        # Each key, and what it needs to have an effect, which stands behind it in parentheses.
+        named = re.findall(r"([a-z]+\.[a-z_]+)(?: \([^)]*?(\S+)\))?", str(warning.message))
+        assert [" ".join(filter(None, pair)) for pair in named] == [*keys, "log.profile_steps"]
         assert warning.filename == __file__
 
 
@@ -650,24 +661,24 @@ def test_what_is_wrong_with_model_or_config_is_said(
     model = nn.Embedding(V, 3)
     optimizer = torch.optim.AdamW(model.parameters())
     flat = nn.Sequential(model, nn.Flatten())
-    with pytest.raises(UserError, match="must return one row of logits"):
+    with pytest.raises(UserError, match=r"logits \(B, T, V\)"):
         Trainer(flat, optimizer, config=config()).train([{"input_ids": torch.ones(2, T).long()}])
-    with pytest.raises(UserError, match="no batch"):
+    with pytest.raises(UserError, match=r"epoch 1\b.*batch.*DataLoader"):
         Trainer(model, optimizer, config=config()).train([])
     run, log = RunConfig(device="cpu"), LogConfig()
     with pytest.raises(UserError, match=r"train\.steps"):
         Trainer(model, optimizer, config=TrainConfig(run=run, log=log, train=LoopConfig(hours=1)))
-    with pytest.raises(UserError, match="no CUDA graphs"):
+    with pytest.raises(UserError, match=r"CUDA graphs.*run\.compile=default"):
         Trainer(model, optimizer, config=config(run={"compile": "max-autotune"}))
     with pytest.raises(UserError, match="run_dir"):
         Trainer(model, optimizer, config=config()).save_checkpoint()
     factor = partial(lambda step: 1.0)
     factor.state = {1, 2}  # type: ignore[attr-defined]  # which LambdaLR keeps
     unsaved = LambdaLR(optimizer, factor)
-    with pytest.raises(UserError, match=r"scheduler.lr_lambdas.0.state is a set, which a checkp"):
+    with pytest.raises(UserError, match=r"scheduler\.lr_lambdas\.0\.state .*\bset\b.*pickle"):
         Trainer(model, optimizer, unsaved, None, config(), run_dir=tmp_path / "run")
     monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(UserError, match=r"'RANK' is missing .* torchrun, which sets RANK"):
+    with pytest.raises(UserError, match=r"'RANK'.*torchrun"):
         Trainer(model, optimizer, config=config())
 
 

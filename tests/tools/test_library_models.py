@@ -114,7 +114,7 @@ def test_what_is_changed_on_a_criterion_counts_from_then_on() -> None:
 def test_a_criterion_that_returns_no_single_number_is_refused() -> None:
     model = toy()
     for criterion in (nn.CrossEntropyLoss(reduction="none"), lambda logits, targets: None):
-        with pytest.raises(UserError, match=r'criterion: returned .*reduction="mean"'):
+        with pytest.raises(UserError, match=r'^criterion: .*reduction="mean"'):
             trainer_of(model, criterion).train([rows()])
 
 
@@ -150,7 +150,7 @@ def test_targets_whose_class_weights_are_all_zero_make_no_update() -> None:
     model, data = toy(), rows()
     before = model[1].weight.detach().clone()
     trainer = trainer_of(model, nn.CrossEntropyLoss(weight=torch.zeros(V)))
-    with pytest.warns(UserWarning, match="step 1 had no target"):
+    with pytest.warns(UserWarning, match=r"step 1\b.*target"):
         trainer.train([data])
     assert torch.equal(model[1].weight, before)
     assert trainer.skipped_steps == 1
@@ -161,7 +161,7 @@ def test_a_mean_whose_divisor_is_not_known_is_refused() -> None:
         def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
             return super().forward(logits, targets) ** 2
 
-    with pytest.raises(UserError, match=r'Focal has class weights.*reduction="sum"'):
+    with pytest.raises(UserError, match=r'Focal\b.*weights.*reduction="sum"'):
         trainer_of(toy(), Focal(weight=WEIGHT))
     trainer_of(toy(), Focal(weight=WEIGHT, reduction="sum"))
     trainer_of(toy(), Focal())
@@ -333,7 +333,7 @@ def test_what_a_wrapped_model_takes_is_known(name: str) -> None:
         assert [*signature_of(model)] == ["input_ids"]
         trainer_of(model).train([{"input_ids": data, "attention_mask": mask}])
         weights.append(inner.inner[1].weight.detach().clone())
-        with pytest.raises(UserError, match="padded on the left"):
+        with pytest.raises(UserError, match=r"left.*attention_mask"):
             trainer_of(model).train([{"input_ids": data, "attention_mask": mask.flip(1)}])
         with pytest.raises(UserError, match="'speaker'"):
             trainer_of(model).train([{"input_ids": data, "speaker": data}])
@@ -431,16 +431,16 @@ class WithState(nn.Module):
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        (torch.zeros(2, dtype=torch.complex128), "model.odd is complex128"),
-        (torch.eye(3).to_sparse(), "model.odd is sparse_coo"),
-        ({"a": "dict"}, "model._extra_state is dict"),
+        (torch.zeros(2, dtype=torch.complex128), r"model\.odd .*complex128.*persistent=False"),
+        (torch.eye(3).to_sparse(), r"model\.odd .*sparse_coo.*persistent=False"),
+        ({"a": "dict"}, r"model\._extra_state .*\bdict\b.*buffer"),
     ],
     ids=["complex128", "sparse", "extra state"],
 )
 def test_what_no_checkpoint_could_hold_is_refused_before_the_first_step(
     what: Any, message: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match=f"{message}.*; "):
+    with pytest.raises(UserError, match=message):
         trainer_of(WithState(what), run_dir=tmp_path / "run")
     trainer = trainer_of(WithState(what))  # which nobody asked to save
     trainer.train([rows()])
@@ -467,7 +467,7 @@ def test_train_loop_takes_the_cpu_where_there_is_no_gpu(capsys: pytest.CaptureFi
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     result = train_loop(model, [rows()], optimizer, 1, quiet=True)
     assert result["steps"] == [1]
-    assert capsys.readouterr().err.count("no CUDA device") == 1
+    assert capsys.readouterr().err.count("CUDA") == 1
     with pytest.raises(UserError, match="cuda:1"):
         train_loop(model, [rows()], optimizer, 1, device="cuda:1")
 
@@ -513,7 +513,7 @@ def test_a_mask_of_infinities_is_saved_and_a_statistic_that_becomes_infinite_is_
     trainer_of(other).load_checkpoint(tmp_path / "run")
     assert torch.equal(other.odd, mask)
     model.statistic.fill_(math.inf)
-    with pytest.raises(UserError, match=r"model\.statistic is not finite"):
+    with pytest.raises(UserError, match=r"model\.statistic .*finite"):
         trainer.save_checkpoint(tmp_path / "other")
 
 
@@ -521,7 +521,7 @@ def test_a_step_without_targets_does_not_stop_a_training_that_stops_at_nan() -> 
     model, data = toy(), rows()
     empty = {"input_ids": data, "labels": torch.full_like(data, -100)}
     trainer = trainer_of(model, train={"steps": 2, "on_nonfinite": "stop"})
-    with pytest.warns(UserWarning, match="step 1 had no target"):
+    with pytest.warns(UserWarning, match=r"step 1\b.*target"):
         trainer.train([empty, {"input_ids": data, "labels": data}])
     assert (trainer.step, trainer.skipped_steps) == (2, 1)
 

@@ -7,6 +7,7 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import signal
 import threading
 import time
@@ -330,7 +331,7 @@ def test_callbacks_and_a_criterion_with_a_state_go_on_with_it(tmp_path: Path) ->
         made(None, criterion=Hardening()).load_checkpoint(tmp_path / "straight")
     unfit = Keeps()
     unfit.seen = {"losses": {1.0}}
-    with pytest.raises(UserError, match=r"callbacks\.0\.losses is a set"):
+    with pytest.raises(UserError, match=r"callbacks\.0\.losses .*\bset\b"):
         made(tmp_path / "unfit", callbacks=[unfit])
 
 
@@ -340,7 +341,7 @@ def test_optimizer_state_of_no_parameter_is_named(tmp_path: Path) -> None:
             self.state["global"]["n_steps"] = 1
 
     trainer = made(tmp_path, lambda model: Global(model.parameters(), lr=0.1))
-    with pytest.raises(UserError, match=r"keeps state under 'global', which is no parameter.*;"):
+    with pytest.raises(UserError, match=r"optimizer .*state .*'global'.*parameter"):
         trainer.train([rows()])
 
 
@@ -368,12 +369,12 @@ def test_R32_every_optimizer_of_torch_goes_on_to_the_bit(name: str, tmp_path: Pa
 
 
 def test_R32_optimizers_that_no_trainer_can_step_are_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="LBFGS evaluates the loss by itself"):
+    with pytest.raises(UserError, match=r"LBFGS .*closure"):
         made(tmp_path, lambda model: torch.optim.LBFGS(model.parameters()))
-    with pytest.raises(UserError, match="sparse gradients, of which there is no norm here; set sp"):
+    with pytest.raises(UserError, match=r"sparse gradients.*sparse=False"):
         Trainer(sparse := nn.Embedding(V, 3, sparse=True), torch.optim.SparseAdam([sparse.weight]))
     other = nn.Linear(2, 3)
-    with pytest.raises(UserError, match=r"parameter of shape \[3, 2\] that is not the model's"):
+    with pytest.raises(UserError, match=r"parameter .*\[3, 2\].*model"):
         made(tmp_path, lambda model: adam(nn.ModuleList([model, other])))
 
 
@@ -403,7 +404,7 @@ def test_R32_what_state_may_hold_comes_back_as_it_was() -> None:
     back["tensors"][1].zero_()
     assert value["tensors"][1].sum() == 15  # it is a copy
     for wrong in ({1}, object(), lambda: 1, Stop(1), np.array([None])):
-        with pytest.raises(UserError, match=r"state\.a\.1 is a .*without pickle"):
+        with pytest.raises(UserError, match=r"state\.a\.1 .*pickle"):
             encode({"a": [0, wrong]}, {}, "state")
 
 
@@ -483,7 +484,7 @@ def test_R32_the_samples_that_remain_come_in_their_order(
         assert straight[-len(rest) :] == rest
 
 
-@pytest.mark.filterwarnings("ignore:Trainer. the DataLoader's persistent workers")
+@pytest.mark.filterwarnings("ignore:Trainer. .*persistent_workers")
 def test_R32_loaders_with_processes_go_on_in_their_order(tmp_path: Path) -> None:
     for persistent in (False, True):
 
@@ -522,7 +523,7 @@ def test_R32_a_loader_that_saves_itself_is_asked_to(tmp_path: Path) -> None:
     stream = Stream()
     stream.state_dict = lambda: {"pages": {1, 2}}  # type: ignore[method-assign]
     trainer = made(tmp_path / "unfit")
-    with pytest.raises(UserError, match=r"loader\.pages is a set"):
+    with pytest.raises(UserError, match=r"loader\.pages .*\bset\b"):
         trainer.train(stream)
     assert trainer.step == 0
 
@@ -547,15 +548,15 @@ class Counting(Shuffled):
 @pytest.mark.parametrize(
     ("loader", "message"),
     [
-        (lambda: DataLoader(Lines(), 4), "takes Lines from its beginning"),
-        (lambda: (batch for batch in rows().split(4)), "takes generator from its beginning"),
+        (lambda: DataLoader(Lines(), 4), r"\bLines\b.*state_dict\(\)"),
+        (lambda: (batch for batch in rows().split(4)), r"\bgenerator\b.*state_dict\(\)"),
         (
             lambda: DataLoader(rows(), 4, num_workers=1, persistent_workers=True),
-            "persistent workers keep their random numbers",
+            "random numbers.*persistent_workers",
         ),
         (
             lambda: DataLoader(rows(), 4, sampler=Counting()),
-            r"loader\.sampler\.passes was 0 and is 1",
+            r"loader\.sampler\.passes .*\b0\b.*\b1\b",
         ),
     ],
 )
@@ -584,7 +585,7 @@ def steps_of(size: int) -> Callable[[torch.optim.Optimizer], Any]:
 CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "optimizer": ({"optimizer": sgd}, "optimizer: AdamW → SGD"),
     "lr": ({"optimizer": partial(adam, lr=0.5)}, r"optimizer lr: 0\.01 → 0\.5"),
-    "groups": ({"optimizer": two_groups}, "optimizer groups: 1 → 2; .*group of head.*: 0 → 1"),
+    "groups": ({"optimizer": two_groups}, r"optimizer groups: 1 → 2\b.*\bhead\b.*: 0 → 1"),
     "no scheduler": ({"scheduler": None}, "scheduler: StepLR → none"),
     "scheduler": ({"scheduler": steps_of(3)}, "scheduler step_size: 5 → 3"),
     "nested": (
@@ -624,7 +625,7 @@ def test_R24_R32_another_model_or_loader_is_refused(saved: Path, tmp_path: Path)
     trainer = made(tmp_path, scheduler=steps_of(5), train={"steps": 9})
     trainer.load_checkpoint(saved)  # more steps are no other training
     for loader, message in (
-        (DataLoader(rows(), 3, shuffle=True), "loader length: 5 → 6; .*batch_size: 4 → 3"),
+        (DataLoader(rows(), 3, shuffle=True), "loader length: 5 → 6.*batch_size: 4 → 3"),
         (DataLoader(rows(), 4), "loader.sampler: RandomSampler → SequentialSampler"),
         (DataLoader(rows(20), 4, shuffle=True), r"loader\.dataset length: 18 → 20"),
         (DataLoader(rows(), 4, shuffle=True, drop_last=True), "drop_last: False → True"),
@@ -642,11 +643,11 @@ def test_R24_R32_another_model_or_loader_is_refused(saved: Path, tmp_path: Path)
     assert trainer.step == 9
     other = made(None, scheduler=steps_of(5))
     other.model.head.weight.data = torch.zeros(V, 7)
-    with pytest.raises(UserError, match=r"head\.weight is \(13, 6\) .* there and \(13, 7\)"):
+    with pytest.raises(UserError, match=r"head\.weight .*\(13, 6\).*\(13, 7\)"):
         other.load_checkpoint(saved)
     other = made(None, scheduler=steps_of(5))
     other.model.tail = other.model._modules.pop("head")
-    with pytest.raises(UserError, match=r"model\.head\.weight is .* there and missing here"):
+    with pytest.raises(UserError, match=r"model\.head\.weight .*\(13, 6\).*missing"):
         other.load_checkpoint(saved)
 
 
@@ -668,7 +669,7 @@ def test_R25_R32_a_malformed_state_is_one_line(wrong: dict[str, Any], tmp_path: 
     trainer.writer.save(0, groups, state, config_to_toml(trainer.config))
     trainer.writer.wait()
     before = all_of(trainer)
-    with pytest.raises(UserError, match="holds no state of such a training"):
+    with pytest.raises(UserError, match=r"step-00000000: .*Error\("):
         trainer.load_checkpoint()
     assert all_of(trainer) == before
 
@@ -700,7 +701,7 @@ def test_R32_a_new_trainer_never_touches_an_earlier_run(tmp_path: Path) -> None:
     second.train_epoch(loader)
     second.save_checkpoint()
     assert second.run_dir == tmp_path / "run"
-    with pytest.raises(UserError, match="another trainer went on in"):
+    with pytest.raises(UserError, match=rf"{tmp_path}/run\b.*load_checkpoint\(\)"):
         first.train_epoch(loader)
 
 
@@ -713,8 +714,8 @@ def test_a_rerun_takes_the_next_free_folder_and_says_so_in_one_line(
         trainer.train([rows(4)] * 2)
         assert trainer.run_dir == tmp_path / name
         losses_of.append(losses(tmp_path / name))
-        line = f"{tmp_path}/own holds an earlier run: this one goes to {tmp_path}/{name} "
-        assert capsys.readouterr().out.count(line) == (name != "own")
+        both = rf"{tmp_path}/own\b(?![-/]).*{tmp_path}/{name}\b(?![-/])"
+        assert len(re.findall(both, capsys.readouterr().out)) == (name != "own")
     assert losses_of == [losses_of[0]] * 3
     trainer.train_epoch([rows(4)])  # goes on in its own folder
     trainer.load_checkpoint()
@@ -735,7 +736,8 @@ def test_R35_training_from_an_older_checkpoint_goes_to_a_folder_of_its_own(
     trainer.load_checkpoint(older)
     trainer.train([rows(4)] * 4)
     assert (trainer.step, trainer.run_dir) == (4, tmp_path / "own-2")
-    assert f"{older} is not the newest checkpoint of {tmp_path}/own" in capsys.readouterr().out
+    told = rf"{older}\b.*newest.*{tmp_path}/own\b(?!-).*{tmp_path}/own-2\b"
+    assert re.search(told, capsys.readouterr().out)
     assert {p: p.read_bytes() for p in checkpoints.rglob("*") if p.is_file()} == before
     names = {path.name for path in (tmp_path / "own-2/checkpoints").glob("step-*")}
     assert names == {"step-00000003", "step-00000004"}
@@ -764,7 +766,7 @@ def test_a_training_that_failed_before_its_first_row_leaves_its_folder_to_the_ne
 ) -> None:
     made(tmp_path / "own", train={"steps": 1}).train([rows(4)])
     failed = made(tmp_path / "own", train={"steps": 1})
-    with pytest.raises(UserError, match="batch: is of type str"):
+    with pytest.raises(UserError, match=r"batch: .*\bstr\b"):
         failed.train(["text"])
     trainer = made(tmp_path / "own", train={"steps": 1})
     trainer.train([rows(4)])
@@ -783,7 +785,10 @@ def test_a_next_folder_that_another_trainer_uses_is_passed_over(tmp_path: Path) 
         trainer = made(tmp_path / "own", train={"steps": 1})
         trainer.train([rows(4)])
     assert trainer.run_dir == tmp_path / "own-6"
-    with lock_run_dir(tmp_path / "own"), pytest.raises(UserError, match="in use by another"):
+    with (
+        lock_run_dir(tmp_path / "own"),
+        pytest.raises(UserError, match=r"/own\b.*\btrainer\b.*run_dir"),
+    ):
         made(tmp_path / "own")
 
 
@@ -794,8 +799,8 @@ def test_a_stopped_rerun_says_in_which_folder_to_go_on(
     trainer = made(tmp_path / "own", callbacks=Signal(signal.SIGTERM))
     with pytest.raises(SystemExit):
         trainer.train(DataLoader(rows(), 4))
-    remedy = f"call load_checkpoint() before train() with run_dir='{tmp_path}/own-2'"
-    assert remedy in capfd.readouterr().err
+    remedy = rf"load_checkpoint\(\).*run_dir='{tmp_path}/own-2'"
+    assert re.search(remedy, capfd.readouterr().err)
 
 
 def test_R13_R32_a_folder_has_one_trainer_at_a_time(tmp_path: Path) -> None:
@@ -803,7 +808,7 @@ def test_R13_R32_a_folder_has_one_trainer_at_a_time(tmp_path: Path) -> None:
 
     class Second:
         def on_step_end(self, trainer: Trainer) -> None:
-            with pytest.raises(UserError, match="in use by another trainer; wait") as caught:
+            with pytest.raises(UserError, match=r"/run\b.*\btrainer\b.*run_dir") as caught:
                 made(tmp_path / "run")
             refused.append(caught)
 
@@ -846,7 +851,7 @@ def test_R10_R32_a_signal_ends_the_training_with_a_checkpoint(
         trainer.train(*loaders)
     assert caught.value.code == 75
     told = capfd.readouterr().err
-    assert f"{name}: stopped after step 4; to go on, have the same script call" in told
+    assert re.search(rf"{name}\b.*step 4\b.*load_checkpoint\(\)", told)
     assert [signal.getsignal(n) for n in ours] == handlers
     latest = tmp_path / "resumed/checkpoints/latest"
     assert latest.read_text() == "step-00000004\n"
@@ -901,7 +906,7 @@ def test_R18_R32_the_scheduler_does_not_follow_a_skipped_step(
 
 def test_R32_a_plateau_that_never_evaluates_is_warned_of_and_saved(tmp_path: Path) -> None:
     trainer = made(tmp_path, scheduler=lr_scheduler.ReduceLROnPlateau, train={"steps": 2})
-    with pytest.warns(UserWarning, match="ReduceLROnPlateau changes nothing without evaluations"):
+    with pytest.warns(UserWarning, match=r"ReduceLROnPlateau\b.*eval\.every_steps"):
         trainer.train([rows(4)])
     again = made(tmp_path, scheduler=lr_scheduler.ReduceLROnPlateau)
     again.load_checkpoint()

@@ -122,16 +122,13 @@ def test_train_loop_names_an_argument_of_a_wrong_kind() -> None:
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for arguments, message in (
-        (("gpt2", [], optimizer, 1), "train_loop: model is 'gpt2'; pass a torch"),
-        ((model, [], optimizer, "1"), "train_loop: num_epochs is '1'; pass an integer"),
-        ((model, [], optimizer, 1, "1"), "train_loop: max_grad_norm is '1'; pass a number"),
-        ((model, [], optimizer, 1, -1.0), r"max_grad_norm is -1\.0; pass a number > 0"),
-        (
-            (model, [], optimizer, 1, math.nan),
-            "max_grad_norm is nan; pass a number > 0",
-        ),
-        ((model, [], optimizer, 1, 1.0, 0.5), r"train_loop: log_interval is 0\.5; pass an int"),
-        ((model, [], "sgd", 1), "optimizer is 'sgd'; give one of"),
+        (("gpt2", [], optimizer, 1), r"^train_loop: model .*'gpt2'.*torch\.nn\.Module"),
+        ((model, [], optimizer, "1"), "^train_loop: num_epochs .*'1'.*integer"),
+        ((model, [], optimizer, 1, "1"), "^train_loop: max_grad_norm .*'1'.*number"),
+        ((model, [], optimizer, 1, -1.0), r"max_grad_norm .*-1\.0.*> 0"),
+        ((model, [], optimizer, 1, math.nan), "max_grad_norm .*nan.*> 0"),
+        ((model, [], optimizer, 1, 1.0, 0.5), r"^train_loop: log_interval .*0\.5.*integer"),
+        ((model, [], "sgd", 1), r"optimizer .*'sgd'.*torch\.optim"),
     ):
         with pytest.raises(UserError, match=message):
             train_loop(*arguments, device="cpu")  # type: ignore[arg-type]
@@ -236,32 +233,26 @@ def batches(**changes: Any) -> Iterator[dict[str, Tensor]]:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
+        ([{"x": torch.zeros(2, T, dtype=torch.long)}], r"\['x'\].*input_ids"),
+        (list(batches(targets=torch.zeros(2, T, dtype=torch.long))), "'targets'.*target_ids"),
         (
-            [{"x": torch.zeros(2, T, dtype=torch.long)}],
-            r"\['x'\] and no input_ids; name the tokens",
+            list(batches(target_ids=torch.zeros(2, T - 1, dtype=torch.long))),
+            r"'target_ids': \(2, 5\).*\(B, T\)",
         ),
-        (list(batches(targets=torch.zeros(2, T, dtype=torch.long))), "'targets', .* name targets"),
-        (list(batches(target_ids=torch.zeros(2, T - 1, dtype=torch.long))), "give .B, T. to each"),
-        (list(batches(input_ids=torch.zeros(2, T))), r"input_ids is torch.float32; .*\.long\(\)"),
-        (list(batches(target_ids=torch.full((2, T), V))), f"a target is {V}, .* {V} logits; use"),
+        (list(batches(input_ids=torch.zeros(2, T))), r"input_ids .*torch\.float32.*\.long\(\)"),
+        (list(batches(target_ids=torch.full((2, T), V))), rf"target .*\b{V}\b.*\b{V} logits"),
+        (list(batches(input_ids=torch.full((2, T), V))), rf"index {V}\b.* {V} .* 0\b.*tokenizer"),
+        (list(batches(input_ids=[[0]])), r"input_ids .*\blist\b.*\(B, T\)"),
         (
-            list(batches(input_ids=torch.full((2, T), V))),
-            f"index {V} is outside the {V} rows of 0;",
+            TensorDataset(torch.zeros(2, T).long(), torch.zeros(2, T).long()),
+            r"\(6,\).*\(B, T\).*DataLoader",
         ),
-        (
-            list(batches(input_ids=[[0]])),
-            r"input_ids is of type list; give a tensor of shape \(B, T\)",
-        ),
-        (TensorDataset(torch.zeros(2, T).long(), torch.zeros(2, T).long()), "a DataLoader makes"),
-        (
-            [(torch.zeros(2, T).long(),) * 3],
-            r"tuple and length 3; give a pair \(input_ids, target_ids\)",
-        ),
-        (["text"], "is of type str; give"),
+        ([(torch.zeros(2, T).long(),) * 3], r"\btuple\b.*\b3\b.*\(input_ids, target_ids\)"),
+        (["text"], r"\bstr\b.*\(input_ids, target_ids\)"),
         (list(batches(labels=torch.zeros(2, T + 1).long())), r"'labels': \(2, "),
-        (list(batches(attention_mask=torch.arange(T).expand(2, T) > 2)), "padded on the left"),
-        (list(batches(pixels=torch.ones(2))), "'pixels', which the model's forward"),
-        ([], "epoch 1 had no batch; give a DataLoader"),
+        (list(batches(attention_mask=torch.arange(T).expand(2, T) > 2)), "left.*attention_mask"),
+        (list(batches(pixels=torch.ones(2))), "'pixels'.*forward"),
+        ([], r"epoch 1\b.*batch.*DataLoader"),
     ],
 )
 def test_a_wrong_batch_is_named(data: Any, message: str) -> None:
@@ -280,7 +271,7 @@ def test_a_model_of_the_wrong_shape_and_bad_numbers_are_named() -> None:
     with pytest.raises(UserError, match="log_interval = 0"):
         train_loop(model, list(batches()), optimizer, 1, log_interval=0, device="cpu")
     if not torch.cuda.is_available():
-        with pytest.raises(UserError, match='device="cuda:1" here; use device="cpu"'):
+        with pytest.raises(UserError, match=r'device="cuda:1".*device="cpu"'):
             train_loop(model, list(batches()), optimizer, 1, device="cuda:1")
     with pytest.raises(UserError, match='device="gpu"'):
         train_loop(model, list(batches()), optimizer, 1, device="gpu")

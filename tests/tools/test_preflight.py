@@ -1,6 +1,7 @@
 """What is told before a run: sizes, memory, warnings; the automatic micro-batch; the commands."""
 
 import math
+import re
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -48,24 +49,25 @@ def test_it_tells_sizes_memory_and_time(lines: list[str], config_path: Path) -> 
     assert preflight(load_config(config_path))
     text = "\n".join(lines)
     told = {line.split()[0]: line for line in lines}
-    # 2 layers of 12·32² in matrices (SwiGLU: 3·32·128 of 4·32²), the head and the table of 320·32.
-    assert "matrix products" in told["model"]
-    assert "4,001 tokens to train on, 501 to validate; vocabulary 320" in told["data"]
-    assert "64 tokens: 1 × 4 rows × 16" in told["step"]
-    assert "12 steps, 768 tokens, 0.19 epochs" in told["run"]
+    # 2 layers: 4·32² in attention, 3·32·128 in SwiGLU; the head of 320·32.
+    n_matmul = 2 * (4 * 32**2 + 3 * 32 * 128) + 320 * 32
+    assert f" {n_matmul:,} " in told["model"]
+    assert re.search(r"\b4,001 tokens.*\b501 .*\b320\b", told["data"])
+    assert re.search(r"\b64 tokens.* 1 × 4 rows × 16\b", told["step"])
+    assert re.search(r"\b12 steps.*\b768 tokens.*\b0\.19 epochs", told["run"])
     for category in ("parameters", "gradients", "optimizer", "activations", "logits", "buffers"):
         assert f"    {category}" in text
     assert "measured" in told
-    assert "MFU n/a (compile off" in told["speed"]
-    assert "of steps, without evaluation and saves" in told["time"]
+    assert re.search("MFU n/a.*compile off", told["speed"])
+    assert re.search(r"\d.*evaluation", told["time"])
 
 
 def test_parameters_and_flops_are_those_of_the_model(config_path: Path) -> None:
     config, *splits = open_splits(load_config(config_path), print)
     model = Transformer(config.model, seq_len=16)
     rows = describe(RunPlan(config, model, *splits, 1))
-    assert rows["model"].startswith(f"{sum(p.numel() for p in model.parameters()):,} parameters, ")
-    assert f"{format_count(model.flops_per_token())} FLOPs a token" in rows["model"]
+    assert rows["model"].startswith(f"{sum(p.numel() for p in model.parameters()):,} parameters")
+    assert f"{format_count(model.flops_per_token())} FLOPs" in rows["model"]
 
 
 @pytest.mark.parametrize(
@@ -105,7 +107,7 @@ def test_a_step_of_minutes_is_not_measured_on_a_cpu(
     monkeypatch.setattr(preflight_plan, "CPU_FLOPS", 1e3)
     assert preflight(load_config(config_path, ["run.device=cpu"]))
     (line,) = (line for line in lines if line.startswith("speed"))
-    assert "FLOPs takes minutes on a CPU" in line
+    assert re.search("FLOPs.*CPU", line)
     assert not any(line.startswith("time") for line in lines)
 
 
@@ -114,8 +116,7 @@ def test_what_does_not_fit_is_not_tried(
 ) -> None:
     monkeypatch.setattr("fasttrain.preflight.plan.device_memory", lambda device: 2**20)
     assert not preflight(load_config(config_path))
-    assert "does not fit" in lines[-1]
-    assert "lower train.micro_batch" in lines[-1]
+    assert re.match(r"error .*MiB.* 1\.0 MiB.*train\.micro_batch", lines[-1])
 
 
 def dataset(**facts: Any) -> Any:
@@ -152,12 +153,16 @@ def test_a_sound_run_has_no_warning(sound: TrainConfig) -> None:
 @pytest.mark.parametrize(
     ("section", "change", "expected"),
     [
-        ("model", {"vocab_size": 50257}, "set 50304"),
-        ("model", {"sliding_window_tokens": 16}, "no effect"),
-        ("schedule", {"warmup_steps": 300}, "more than a fifth"),
-        ("schedule", {"warmup_steps": 5000}, "longer than the run"),
-        ("eval", {"every_steps": 1001}, "eval.every_steps = 1001 is longer"),
-        ("checkpoint", {"every_steps": 1001}, "checkpoint.every_steps = 1001 is longer"),
+        ("model", {"vocab_size": 50257}, r"model\.vocab_size .*50257.*50304"),
+        (
+            "model",
+            {"sliding_window_tokens": 16},
+            r"model\.sliding_window_tokens .*\b16\b.*data\.seq_len",
+        ),
+        ("schedule", {"warmup_steps": 300}, r"schedule\.warmup_steps .*\b300\b.*\b1,?000 steps"),
+        ("schedule", {"warmup_steps": 5000}, r"schedule\.warmup_steps .*\b5000\b.*peak.*"),
+        ("eval", {"every_steps": 1001}, r"eval\.every_steps .*\b1001\b"),
+        ("checkpoint", {"every_steps": 1001}, r"checkpoint\.every_steps .*\b1001\b"),
     ],
 )
 def test_settings_that_hurt(
@@ -166,22 +171,20 @@ def test_settings_that_hurt(
     config = replace(sound, train=replace(sound.train, steps=10_000))
     config = replace(config, **{section: replace(getattr(config, section), **change)})
     assert len(lines := found(config)) == 1
-    assert expected in lines[0]
+    assert re.search(expected, lines[0])
 
 
 def test_data_and_length_that_hurt(sound: TrainConfig) -> None:
-    assert "a smaller model will end better" in found(sound, steps=24)[0]
+    assert "tokens for each parameter" in found(sound, steps=24)[0]
     assert found(sound, steps=26) == []
     assert "7.0 epochs" in found(sound, epochs=7.0)[0]
-    assert (
-        "longer than the documents, 7 tokens"
-        in found(sound, data=dataset(n_documents=10**9 // 7))[0]
-    )
-    assert "a crash loses the whole run" in found(sound, seconds=4000.0)[0]
+    short = found(sound, data=dataset(n_documents=10**9 // 7))[0]
+    assert re.search(r"data\.seq_len .*\b7 tokens.*data\.attention_across_documents", short)
+    assert "checkpoint.every_steps" in found(sound, seconds=4000.0)[0]
     assert found(sound, seconds=3000.0) == []
     on_cuda = found(sound, device=CUDA, dtype="fp32")
-    assert any("tensor cores idle" in line for line in on_cuda)
-    assert any("multiples of 64" in line for line in on_cuda)
+    assert any(re.search(r"run\.dtype .*fp32.*bf16", line) for line in on_cuda)
+    assert any(re.search(r"model\.dim .*\b32\b.*\b64\b", line) for line in on_cuda)
 
 
 # ---- data that are missing, or of another vocabulary ---------------------------------------------
@@ -207,11 +210,10 @@ def test_without_its_data_a_config_is_told_but_for_them(
     small = ["model.n_layers=1", "data.seq_len=64", "train.micro_batch=1"]  # for speed
     assert main([*command, *small, "--no-probe"]) == 0
     told = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
-    assert "FLOPs a token" in told["model"]
+    assert "FLOPs" in told["model"]
     assert "× 1 row × " in told["step"]
     assert told["run"].endswith("FLOPs")
     assert {"parameters", "activations", "total"} <= told.keys()
-    assert "does not exist" in told["data"]
     for line in (told["data"], refused(command, capsys)):
         assert all(part in line for part in (path, whose, where))
     assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").iterdir())
@@ -233,7 +235,7 @@ def test_what_cannot_be_told_without_data_is_an_error_or_left_open(
     epochs = ["train.steps=none", "train.epochs=2", "model.vocab_size=500"]
     assert main([*nowhere, *epochs]) == 0
     shown = capsys.readouterr().out
-    assert "2 epochs of data that are not there" in shown
+    assert "2 epochs" in shown
     assert "prepare nowhere --input TEXT --tokenizer bpe:500\n" in shown
     assert main([str(config_path), "data.path=nowhere", "model.vocab_size=500", "--diagnose"]) == 2
 
@@ -242,20 +244,20 @@ def test_both_vocabularies_are_shown_where_they_differ(lines: list[str], config_
     config = load_config(config_path, ["model.vocab_size=50304"])
     assert preflight(config, probe=False)
     (data,) = (line for line in lines if line.startswith("data "))
-    assert "vocabulary 50,304 of the model, 257 of the data" in data
-    told = "50,047 of the 50,304 rows of the embedding are never used, as no token is above 256"
-    assert sum(told in line for line in lines) == 1
+    assert re.search(r"\b50,304 .*model.*\b257 .*data", data)
+    told = re.compile(r"\b50,047\b.*\b50,304\b.*\b256\b.*model\.vocab_size")
+    assert sum(bool(told.search(line)) for line in lines) == 1
 
 
 def test_few_tokens_to_validate_on_are_told_before_a_run_and_in_it(
     config_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    told = "only 501 tokens to validate on: the loss of so few"
+    told = r"\b501 tokens.*--val-fraction"
     assert main([str(config_path), "--no-probe"]) == 0
-    assert told in capsys.readouterr().out
+    assert re.search(told, capsys.readouterr().out)
     assert train_main([str(config_path), "train.steps=3"]) == 0
-    assert told in capsys.readouterr().out
+    assert re.search(told, capsys.readouterr().out)
     enough = SimpleNamespace(n_tokens=5_000, shards=())
     settled = load_config(config_path, ["model.vocab_size=320"])
     assert list(warnings_at_start(plan_of(settled, dataset(max_token=256), enough))) == []
@@ -266,14 +268,13 @@ def test_several_processes_where_there_is_one_are_told(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     command = [str(config_path), "distributed.mode=fsdp", "train.steps=3"]
-    told = "warning: distributed.mode = fsdp has no effect in one process; start several: torchrun"
+    told = r"warning\b.*distributed\.mode .*fsdp.*torchrun"
     assert train_main(command) == 0
-    assert told in capsys.readouterr().out
-    told = told.replace("warning:", "warning     ")
+    assert re.search(told, capsys.readouterr().out)
     assert main([*command, "--no-probe"]) == 0
-    assert told in capsys.readouterr().out
+    assert re.search(told, capsys.readouterr().out)
     assert main([*command, "--no-probe", "--world-size", "2"]) == 0
-    assert "no effect" not in capsys.readouterr().out
+    assert not re.search(told, capsys.readouterr().out)
 
 
 def test_what_holds_nothing_at_the_peak_is_not_told_as_0_MiB(
@@ -281,7 +282,8 @@ def test_what_holds_nothing_at_the_peak_is_not_told_as_0_MiB(
 ) -> None:
     overrides = ["model.vocab_size=100000", "model.n_layers=1", "train.micro_batch=64"]
     preflight(load_config(config_path, overrides), probe=False)
-    assert "    gradients     none then" in lines
+    (gradients,) = (line for line in lines if line.startswith("    gradients "))
+    assert not re.search(r"\d", gradients)
     assert not any(" 0.0 MiB" in line for line in lines)
 
 
@@ -371,12 +373,12 @@ def test_only_what_is_estimated_to_fit_is_tried(
     assert settle(auto) == 2
     assert tried == [1, 2]
     monkeypatch.setattr(memory, "device_memory", lambda device: 10)
-    with pytest.raises(UserError, match=r"one row of .* needs more"):
+    with pytest.raises(UserError, match=r"train\.micro_batch .*data\.seq_len .*MiB"):
         settle(auto)
 
 
 def test_it_needs_a_step_of_known_size(config_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"set train\.tokens_per_step"):
+    with pytest.raises(ConfigError, match=r"train\.micro_batch .*train\.tokens_per_step"):
         load_config(config_path, ["train.micro_batch=auto"])
 
 
@@ -399,7 +401,7 @@ def test_a_run_settles_it_once_and_keeps_it_when_resumed(
 def test_the_checklist_passes_on_a_sound_run(lines: list[str], config_path: Path) -> None:
     assert diagnose_run(load_config(config_path, ["schedule.warmup_steps=10"]))
     assert "pass  causality" in lines[-1]
-    assert "pass  learning rate: 0.003" in lines[-1]
+    assert re.search(r"pass  learning rate: .*0\.003", lines[-1])
 
 
 def test_the_commands_and_their_exit_status(
@@ -411,7 +413,7 @@ def test_the_commands_and_their_exit_status(
     assert not (tmp_path / "runs").exists()
     assert main([str(config_path), "data.seq_len=9"]) == 0
     assert main([str(tmp_path / "missing.toml")]) == 2
-    assert "no such config file" in capsys.readouterr().err
+    assert "missing.toml: " in capsys.readouterr().err
     assert main([str(config_path), "--diagnose", "optim.lr=1e-30"]) == 1  # changes nothing
 
 

@@ -75,7 +75,7 @@ def test_the_page_needs_nothing_else_and_escapes_what_a_model_wrote(tmp_path: Pa
 
 def test_the_page_says_what_made_a_run_and_what_went_on_with_it(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "one")
-    assert "Made by" not in page([read_run(folder)]), "a run from before this was noted"
+    assert 'class="made"' not in page([read_run(folder)]), "a run from before this was noted"
     log = folder / "metrics.jsonl"
     first = {"kind": "run", "step": 0, "fasttrain": "0.1.0", "commit": "ab" * 20, "torch": "2.13.0"}
     first |= {"uncommitted_changes": False, "triton": None, "python": "3.11.7", "parent": None}
@@ -97,6 +97,7 @@ def test_the_page_says_what_made_a_run_and_what_went_on_with_it(tmp_path: Path) 
         "command": "train <b>",
         "parent": "from step 10 on: a/b",
     }
+    assert 'class="made"' in page([run])
     assert "<td>train &lt;b&gt;</td>" in page([run])
 
 
@@ -179,12 +180,13 @@ def test_command(
     monkeypatch.chdir(tmp_path)
     capsys.readouterr()
     assert main([runs[0]]) == 0
-    assert capsys.readouterr().out == f"{runs[0]}/report.html and report.png: 1 run\n"
+    told = rf"{runs[0]}/report\.html .*report\.png\b.*\b1 run\n"
+    assert re.fullmatch(told, capsys.readouterr().out)
     own = Path(runs[0], "report.html").read_bytes()
     other = make_run(tmp_path / "other")
     assert main([runs[0], str(other)]) == 0
-    expected = "report-same-other.html and report-same-other.png: 2 runs\n"
-    assert capsys.readouterr().out == expected
+    told = r"report-same-other\.html .*report-same-other\.png\b.*\b2 runs\n"
+    assert re.fullmatch(told, capsys.readouterr().out)
     assert Path("report-same-other.png").is_file()
     assert Path(runs[0], "report.html").read_bytes() == own, "the report of one run was overwritten"
     (tmp_path / "empty").mkdir()
@@ -198,15 +200,15 @@ def test_a_package_that_is_missing_is_named_as_it_is_installed(
     run = make_run(tmp_path / "a")
     monkeypatch.setitem(sys.modules, "plotly.graph_objects", None)
     assert main([str(run)]) == 2
-    error = "error: the report needs plotly; pip install plotly matplotlib\n"
-    assert capsys.readouterr().err == error
+    told = r"error: .*plotly.*pip install plotly matplotlib\n"
+    assert re.fullmatch(told, capsys.readouterr().err)
     assert not (run / "report.html").exists()
 
 
 def test_nothing_logged_yet_is_said(tmp_path: Path) -> None:
     run = make_run(tmp_path / "one")
     (run / "metrics.jsonl").write_text("")
-    with pytest.raises(UserError, match="no training step is logged"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl: .*step"):
         read_run(run)
 
 
@@ -273,7 +275,7 @@ def test_a_page_is_not_named_as_the_picture_beside_it(
 ) -> None:
     out = tmp_path / "x.png"
     assert main([str(make_run(tmp_path / "a")), "--out", str(out)]) == 2
-    assert f"--out {out}: is the page" in capsys.readouterr().err
+    assert re.search(rf"--out {out}: .*PNG.*\.html", capsys.readouterr().err)
     assert not out.exists()
 
 
