@@ -222,7 +222,7 @@ def test_what_it_cannot_do_is_left_to_others(
     monkeypatch.setattr(runtime, "computes_in", lambda dtype: dtype != torch.float16)
     assert why_unfit(config_of()) is None
     assert resolve_compile(config_of(run={"compile": "c++"}), CPU) == "c++"
-    assert str(why_unfit(config_of(**sections))).startswith("C++ blocks ")
+    assert "C++ blocks" in str(why_unfit(config_of(**sections)))
     monkeypatch.setattr(runtime, "is_supported", lambda: False)
     assert why_unfit(config_of())
 
@@ -306,11 +306,11 @@ def test_plain_causal_attention_in_fp32_is_all_it_knows() -> None:
     mask = torch.ones(16, 16, dtype=torch.bool)
     with pytest.raises(ValueError, match="causal"):
         run_blocks_on_cpu(blocks, norm, x, rope, mask, None, 0, None)
-    with pytest.raises(ValueError, match=r"\(0, 16, 64\) has no tokens"):
+    with pytest.raises(ValueError, match=r"run_blocks_on_cpu: x \(0, 16, 64\) "):
         run_blocks_on_cpu(blocks, norm, x[:0], rope, None, None, 0, None)
     for part in (norm, blocks[0].mlp):  # a part alone: none of it would be read as it is
         part.double()
-        with pytest.raises(ValueError, match=r"not torch\.float64 on cpu.*blocks_fn"):
+        with pytest.raises(ValueError, match=r"run_blocks_on_cpu: .*torch\.float64\b.*blocks_fn"):
             run_blocks_on_cpu(blocks, norm, x, rope, None, None, 0, None)
         part.float()
     weight = blocks[0].attention.out.weight
@@ -359,8 +359,10 @@ def test_fake_tensors_give_shapes_and_transforms_are_refused() -> None:
         torch.func.vjp(run, x)
     y = run(x)
     batch = torch.ones(2, *y.shape)
-    with pytest.raises(RuntimeError, match=r"batches of gradients.*blocks_fn"):
+    with pytest.raises(RuntimeError, match=r"run_blocks_on_cpu: .*\bgradients\b.*blocks_fn"):
         torch.autograd.grad(y, x, batch, is_grads_batched=True, retain_graph=True)
     (grad,) = torch.autograd.grad(y, x, torch.ones_like(y), create_graph=True)
-    with pytest.raises(RuntimeError, match=r"once; use fasttrain\.model\.run_blocks"):
+    with pytest.raises(
+        RuntimeError, match=r"run_blocks_on_cpu .*\bonce\b.*fasttrain\.model\.run_blocks"
+    ):
         grad.sum().backward()
