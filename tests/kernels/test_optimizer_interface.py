@@ -595,8 +595,8 @@ def test_torchs_spellings_are_taken_or_told_apart() -> None:
     assert muon.param_groups[0]["scale"] == "spectral"
     assert muon.param_groups[0]["coefficients"] == [JORDAN]
     refusals: list[tuple[Any, dict[str, Any], str]] = [
-        (FusedAdamW, {"amsgrad": True}, r"amsgrad=True .* use torch\.optim\.AdamW"),
-        (FusedAdamW, {"differentiable": True}, r"differentiable=True .* use torch\.optim\.AdamW"),
+        (FusedAdamW, {"amsgrad": True}, r"amsgrad=True .*torch\.optim\.AdamW"),
+        (FusedAdamW, {"differentiable": True}, r"differentiable=True .*torch\.optim\.AdamW"),
         (Muon, {"adjust_lr_fn": "rms"}, "Muon: adjust_lr_fn .*'original'.*'rms'"),
         (Muon, {"adjust_lr_fn": "original", "scale": "none"}, "Muon: .*scale .*adjust_lr_fn"),
         (
