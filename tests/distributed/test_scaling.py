@@ -1,6 +1,7 @@
 """Several ranks foreseen: memory against that of two processes, bytes against collectives."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -224,9 +225,9 @@ def test_formulas_of_the_other_modes() -> None:
 def test_what_sending_costs(mode: str, n_micro: int, hidden: str) -> None:
     sent = {"all-reduce": 1e9, "muon": 0.0}  # 8 Gbit: 0.08 s at 100 Gbit/s
     line, rate = scaling_lines(sent, 0.12, mode=mode, n_micro=n_micro, gbps=100)
-    assert line.endswith("in a step: all-reduce 953.7 MiB")
-    assert f" 80.0 ms at 100 Gbit/s of a step of 120.0 ms: {hidden} of the MFU lost" in rate
-    assert "40.0% where it does not" in rate
+    assert line.endswith(": all-reduce 953.7 MiB")
+    sending = r"\b80\.0 ms .*\b100 Gbit/s .*\b120\.0 ms\b"
+    assert re.search(rf"{sending}.* {re.escape(hidden)} .*\bMFU\b.* 40\.0%", rate)
 
 
 def test_preflight_for_several_ranks(
@@ -242,8 +243,8 @@ def test_preflight_for_several_ranks(
     assert "ranks        4, fsdp: distributed.mode = fsdp" in out
     assert "    gathered" in out
     assert "reduce-scatter" in out
-    assert "at 10 Gbit/s of a step of" in out
-    assert "tokens/s on all" in out
+    assert re.search(r" ms .*\b10 Gbit/s .* ms\b", out)
+    assert "tokens/s" in out
     assert preflight_main([str(path), *overrides, "--world-size", "3"]) == 0
     out = capsys.readouterr().out
     assert "528 tokens: 11 × 1 row × 16 on each of 3 ranks" in out

@@ -263,7 +263,7 @@ def test_where_it_cannot_be_built_torch_computes(
     monkeypatch.setattr(cpu, "load", cpu.load.__wrapped__)
     monkeypatch.setattr(cpu.optimizer, "load_or_warn", cache(cpu.load_or_warn.__wrapped__))
     a, b = make(SHAPES, cpp_device, torch.float32), make(SHAPES, cpp_device, torch.float32)
-    with pytest.warns(UserWarning, match=r"optimizer\.cpp was not built: .*Not a directory"):
+    with pytest.warns(UserWarning, match=r"optimizer\.cpp .*Not a directory"):
         run_torch(a, FusedAdamW(a), range(3))
     run_torch(b, torch.optim.AdamW(b), range(3))
     assert_params_close(a, b)
@@ -564,11 +564,11 @@ def test_closure_hooks_schedulers_and_groups() -> None:
 @pytest.mark.parametrize(
     ("build", "error", "match"),
     [
-        (lambda p: FusedAdamW([p], lr=-1.0), ValueError, "lr must be >= 0, got -1.0"),
+        (lambda p: FusedAdamW([p], lr=-1.0), ValueError, r"FusedAdamW: lr .*-1\.0"),
         (lambda p: FusedAdamW([p], betas=(1.0, 0.9)), ValueError, "beta1"),
         (lambda p: FusedAdamW([p], eps=-1e-8), ValueError, "eps"),
         (lambda p: FusedAdamW([p], weight_decay=-1), ValueError, "weight_decay"),
-        (lambda p: FusedAdamW([p], lr=torch.ones(2)), ValueError, "one element"),
+        (lambda p: FusedAdamW([p], lr=torch.ones(2)), ValueError, r"FusedAdamW: .*\blr .*\b2\b"),
         (lambda p: FusedAdamW([p], state_dtype=torch.float16), ValueError, "state_dtype"),
         (lambda p: FusedAdamW([p.to(torch.complex64)]), (TypeError, ValueError), "complex|leaf"),
     ],

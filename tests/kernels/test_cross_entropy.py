@@ -156,9 +156,7 @@ def test_a_target_out_of_range_is_nan_on_a_gpu_and_an_error_on_a_cpu(device, tar
     logits = torch.randn(3, 131, device=device, requires_grad=True)
     targets = torch.tensor([5, target, 7], device=device)
     if not use_triton(logits):
-        message = (
-            rf"target {target} of row 1 is outside \[0, V\) = \[0, 131\).*ignore_index={target}"
-        )
+        message = rf"cross_entropy: target {target} .*row 1 .*\[0, 131\).*ignore_index={target}"
         for options in ({}, {"reduction": "none"}, {"inplace": True}):
             with pytest.raises(IndexError, match=message):
                 cross_entropy(logits * 1, targets, **options)
@@ -380,18 +378,21 @@ def test_samples_of_torch(device):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"targets": torch.zeros(3, dtype=torch.long)}, r"shape \(4,\), got \(3,\)"),
-        ({"reduction": "avg"}, "reduction must be one of"),
-        ({"label_smoothing": 1.5}, "label_smoothing must lie"),
-        ({"softcap": 0.0}, "softcap must be positive"),
-        ({"z_loss": -1.0}, "z_loss must be finite"),
-        ({"class_weight": torch.ones(4)}, r"class_weight must have shape \(V,\) = \(5,\)"),
-        ({"token_weight": torch.ones(5)}, "token_weight must have the shape"),
+        ({"targets": torch.zeros(3, dtype=torch.long)}, r"targets .*\(4,\).*\(3,\)"),
+        ({"reduction": "avg"}, "reduction .*'mean'.*'avg'"),
+        ({"label_smoothing": 1.5}, r"label_smoothing .*1\.5"),
+        ({"softcap": 0.0}, r"softcap .*0\.0"),
+        ({"z_loss": -1.0}, r"z_loss .*-1\.0"),
+        ({"class_weight": torch.ones(4)}, r"class_weight .*\(5,\).*\(4,\)"),
+        ({"token_weight": torch.ones(5)}, r"token_weight .*\(4,\).*\(5,\)"),
     ],
 )
 def test_errors_name_value_and_remedy(change, message):
     arguments = {"targets": torch.zeros(4, dtype=torch.long), **change}
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"cross_entropy: {message}"):
         cross_entropy(torch.randn(4, 5), **arguments)
-    with contextlib.suppress(KeyError), pytest.raises(TypeError, match="int64 or int32"):
+    with (
+        contextlib.suppress(KeyError),
+        pytest.raises(TypeError, match=r"cross_entropy: targets .*torch\.float32"),
+    ):
         cross_entropy(torch.randn(4, 5), torch.zeros(4))

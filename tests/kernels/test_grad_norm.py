@@ -183,14 +183,14 @@ def test_clip_matches_torch(path: torch.device, max_norm: float) -> None:
 def test_clip_can_raise() -> None:
     p = nn.Parameter(torch.ones(3))
     p.grad = torch.tensor([1.0, math.nan, 2.0])
-    with pytest.raises(RuntimeError, match="norm is nan"):
+    with pytest.raises(RuntimeError, match=r"clip_grad_norm_: .*\bnan\b.*error_if_nonfinite=False"):
         clip_grad_norm_(p, 1.0, error_if_nonfinite=True)
 
 
 def test_errors_name_the_value() -> None:
-    with pytest.raises(ValueError, match="max_norm must be >= 0, got -1"):
+    with pytest.raises(ValueError, match=r"grad_norm: max_norm .*-1"):
         grad_norm([torch.ones(2)], -1.0)
-    with pytest.raises(ValueError, match="one device, got cpu and meta"):
+    with pytest.raises(ValueError, match=r"grad_norm: .*cpu and meta"):
         grad_norm([torch.ones(2), torch.ones(2, device="meta")])
 
 
@@ -204,7 +204,9 @@ def test_norms_of_fp64_gradients_keep_their_range() -> None:
 
 def test_what_is_sparse_or_complex_is_refused_by_name() -> None:
     for tensor in (torch.eye(3).to_sparse(), torch.ones(3, dtype=torch.complex64)):
-        with pytest.raises(TypeError, match=r"grad_norm: got a tensor of torch\..* real and dense"):
+        with pytest.raises(
+            TypeError, match=r"grad_norm: .*torch\.(sparse_coo|complex64)\b.*Tensor\.to_dense"
+        ):
             grad_norm([torch.ones(2), tensor])
 
 
@@ -216,5 +218,5 @@ def test_clip_takes_the_arguments_of_torch() -> None:
         clip([param], 1.0, 2.0, False, True)
         results.append(param.grad)
     torch.testing.assert_close(*results)
-    with pytest.raises(ValueError, match="norm_type must be 2, got inf"):
+    with pytest.raises(ValueError, match=r"clip_grad_norm_: norm_type .*\b2\b.*\binf\b"):
         clip_grad_norm_([param], 1.0, norm_type=float("inf"))

@@ -220,7 +220,7 @@ def test_a_target_out_of_range_is_nan_on_a_gpu_and_an_error_on_a_cpu(device, tar
     targets = torch.tensor([5, target, 7], device=device)
     if not use_triton(hidden):
         message = (
-            rf"target {target} of row 1 is outside \[0, V\) = \[0, 21\).*ignore_index={target}"
+            rf"linear_cross_entropy: target {target} .*row 1 .*\[0, 21\).*ignore_index={target}"
         )
         for options in ({}, {"reduction": "none"}, {"max_chunk_mib": SMALL_CHUNK}):
             with pytest.raises(IndexError, match=message):
@@ -311,7 +311,9 @@ def test_a_second_derivative_is_refused():
     weight = torch.randn(21, 8, requires_grad=True)
     loss = linear_cross_entropy(hidden, weight, torch.tensor([1, 2, 3]), max_chunk_mib=1)
     (grad,) = torch.autograd.grad(loss.square(), hidden, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiated once"):
+    with pytest.raises(
+        RuntimeError, match=r"linear_cross_entropy .*\bonce\b.*linear_cross_entropy_reference"
+    ):
         grad.sum().backward()
 
 
@@ -414,10 +416,10 @@ def test_samples_of_torch(device):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"weight": torch.randn(21, 9)}, "must agree in D"),
-        ({"targets": torch.zeros(4, dtype=torch.long)}, r"shape \(3,\), got \(4,\)"),
-        ({"bias": torch.randn(20)}, r"bias must have shape \(V,\) = \(21,\)"),
-        ({"max_chunk_mib": 0}, "max_chunk_mib must be positive"),
+        ({"weight": torch.randn(21, 9)}, r"hidden .*weight .*\(3, 8\).*\(21, 9\)"),
+        ({"targets": torch.zeros(4, dtype=torch.long)}, r"targets .*\(3,\).*\(4,\)"),
+        ({"bias": torch.randn(20)}, r"bias .*\(21,\).*\(20,\)"),
+        ({"max_chunk_mib": 0}, "max_chunk_mib .* 0"),
     ],
 )
 def test_errors_name_value_and_remedy(change, message):
@@ -427,5 +429,5 @@ def test_errors_name_value_and_remedy(change, message):
         "targets": torch.zeros(3, dtype=torch.long),
         **change,
     }
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"linear_cross_entropy: {message}"):
         linear_cross_entropy(**arguments)

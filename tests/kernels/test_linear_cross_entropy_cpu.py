@@ -229,7 +229,7 @@ def test_where_it_cannot_be_built_torch_computes(
     anew = partial(cache(_cpu.load_or_warn.__wrapped__), *in_cpp._library.args)
     monkeypatch.setattr(in_cpp, "_library", anew)
     hidden, weight, targets = problem(40, 16, 800)
-    with pytest.warns(UserWarning, match=r"cross_entropy.cpp was not built: .*Not a directory"):
+    with pytest.warns(UserWarning, match=r"cross_entropy\.cpp .*Not a directory"):
         ours = outcome(linear_cross_entropy, hidden, weight, targets, max_chunk_mib=1)
     expected = outcome(linear_cross_entropy_reference, hidden, weight, targets)
     torch.testing.assert_close(ours, expected)
@@ -243,7 +243,7 @@ def test_it_is_differentiable_once(runs: list[int], n_cols: int) -> None:
     hidden, weight, targets = problem(40, 16, n_cols)
     loss = linear_cross_entropy(hidden.requires_grad_(), weight, targets, max_chunk_mib=1)
     (gradient,) = torch.autograd.grad(loss, hidden, create_graph=True)
-    with pytest.raises(RuntimeError, match="once; use linear_cross_entropy_reference"):
+    with pytest.raises(RuntimeError, match=r"\bonce\b.*linear_cross_entropy_reference"):
         (loss + gradient.square().sum()).backward()
     assert runs == [40]
     plain = torch.func.grad(lambda h: linear_cross_entropy(h, weight, targets))(hidden.detach())

@@ -237,7 +237,7 @@ def test_symmetric_matmul_on_the_cpu(rows: int) -> None:
     out = symmetric_matmul(x, add=torch.eye(rows).expand(2, rows, rows), alpha=2.0)
     expected = symmetric_matmul_reference(x, add=torch.eye(rows).expand(2, rows, rows), alpha=2.0)
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-4)
-    with pytest.raises(ValueError, match="add must have shape"):
+    with pytest.raises(ValueError, match=rf"symmetric_matmul: add .*\(2, {rows}, {rows}\)"):
         symmetric_matmul(x, add=x)
 
 
@@ -517,14 +517,14 @@ def test_params_without_gradient_and_new_addresses() -> None:
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"lr": -0.1}, "lr must be >= 0"),
-        ({"momentum": 1.0}, "momentum must be in"),
-        ({"weight_decay": -1.0}, "weight_decay"),
-        ({"scale": "big"}, "scale must be one of"),
-        ({"ns_steps": 0}, "steps must be at least 1, got 0"),
-        ({"coefficients": "cubic"}, "coefficients must be one of"),
-        ({"coefficients": [(1.0, 2.0)]}, "three coefficients"),
-        ({"lr": torch.ones(2)}, "one element"),
+        ({"lr": -0.1}, r"Muon: lr .*-0\.1"),
+        ({"momentum": 1.0}, r"Muon: momentum .*1\.0"),
+        ({"weight_decay": -1.0}, r"Muon: weight_decay .*-1\.0"),
+        ({"scale": "big"}, "Muon: scale .*'spectral'.*'big'"),
+        ({"ns_steps": 0}, r"steps .*\b1\b.*\b0\b"),
+        ({"coefficients": "cubic"}, "coefficients .*'quintic'.*'cubic'"),
+        ({"coefficients": [(1.0, 2.0)]}, r"newton_schulz: .*\bcoefficients \(a, b, c\)"),
+        ({"lr": torch.ones(2)}, r"Muon: .*\blr .*\b2\b"),
     ],
 )
 def test_errors_name_the_value(options: dict[str, object], match: str) -> None:
@@ -534,6 +534,6 @@ def test_errors_name_the_value(options: dict[str, object], match: str) -> None:
 
 def test_vectors_are_refused() -> None:
     optimizer = Muon(make())
-    with pytest.raises(ValueError, match=r"matrices, got shape \(4,\)"):
+    with pytest.raises(ValueError, match=r"Muon: .*matrices.*\(4,\).*FusedAdamW"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(4))]})
     assert len(optimizer.param_groups) == 1

@@ -228,22 +228,22 @@ def test_gradients_and_state_that_a_step_cannot_take_are_refused(
     optimizer = kind([param], lr=0.1)
     before = param.detach().clone()
     param.grad = torch.ones_like(param).to_sparse()
-    with pytest.raises(RuntimeError, match=r"must be dense, got torch\.sparse_coo"):
+    with pytest.raises(RuntimeError, match=rf"{kind.__name__}: .*torch\.sparse_coo.*SparseAdam"):
         optimizer.step()
     set_grads([param], 0)
     param.data = torch.ones(3, 3, device=path)
-    with pytest.raises(RuntimeError, match=r"gradient has shape \(8, 6\) .* parameter \(3, 3\)"):
+    with pytest.raises(RuntimeError, match=r"gradient .*\(8, 6\) .*\(3, 3\)"):
         optimizer.step()
     param.data = before
     optimizer.step()
     state = optimizer.state[param]
     key = next(key for key in state if key != "step")
     state[key] = state[key].to("meta")
-    with pytest.raises(RuntimeError, match=f"{key} has shape .* on meta"):
+    with pytest.raises(RuntimeError, match=rf"{kind.__name__}: {key} .*\bmeta\b"):
         optimizer.step()
     if kind is FusedAdamW:
         del state[key]
-        with pytest.raises(RuntimeError, match=f"lacks {key}"):
+        with pytest.raises(RuntimeError, match=rf"FusedAdamW: .*\b{key}\b"):
             optimizer.step()
 
 
@@ -517,13 +517,13 @@ def state_of(kind: Any, **options: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("kind", "source", "options", "match"),
     [
-        (FusedAdamW, torch.optim.SGD, {"lr": 0.1}, "group 0 lacks betas, eps"),
-        (FusedAdamW, torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}, "group 0 lacks betas, eps"),
-        (FusedAdamW, torch.optim.Adamax, {}, "lacks exp_avg_sq and holds step, exp_avg, exp_inf"),
-        (FusedAdamW, torch.optim.AdamW, {"amsgrad": True}, "amsgrad=True is not supported"),
-        (FusedAdamW, Muon, {}, "group 0 lacks betas"),
-        (Muon, torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}, "group 0 lacks ns_steps"),
-        (Muon, torch.optim.AdamW, {}, "group 0 lacks momentum, nesterov, ns_steps"),
+        (FusedAdamW, torch.optim.SGD, {"lr": 0.1}, "group 0 .*betas, eps"),
+        (FusedAdamW, torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}, "group 0 .*betas, eps"),
+        (FusedAdamW, torch.optim.Adamax, {}, " exp_avg_sq .*step, exp_avg, exp_inf"),
+        (FusedAdamW, torch.optim.AdamW, {"amsgrad": True}, r"amsgrad=True .*torch\.optim\.AdamW"),
+        (FusedAdamW, Muon, {}, "group 0 .*betas"),
+        (Muon, torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}, "group 0 .*ns_steps"),
+        (Muon, torch.optim.AdamW, {}, "group 0 .*momentum, nesterov, ns_steps"),
     ],
 )
 def test_the_state_of_another_optimizer_is_refused_and_changes_nothing(
@@ -539,7 +539,7 @@ def test_the_state_of_another_optimizer_is_refused_and_changes_nothing(
     wrong = copy.deepcopy(before)
     key = next(key for key in wrong["state"][1] if key != "step")
     wrong["state"][1][key] = torch.ones(2, 2)
-    with pytest.raises(ValueError, match=rf"{key} of parameter 1 has shape \(2, 2\)"):
+    with pytest.raises(ValueError, match=rf"load_state_dict: {key} .*parameter 1 .*\(2, 2\)"):
         optimizer.load_state_dict(wrong)
     after = optimizer.state_dict()
     assert after["param_groups"] == before["param_groups"]
@@ -595,17 +595,21 @@ def test_torchs_spellings_are_taken_or_told_apart() -> None:
     assert muon.param_groups[0]["scale"] == "spectral"
     assert muon.param_groups[0]["coefficients"] == [JORDAN]
     refusals: list[tuple[Any, dict[str, Any], str]] = [
-        (FusedAdamW, {"amsgrad": True}, r"amsgrad=True .* use torch\.optim\.AdamW"),
-        (FusedAdamW, {"differentiable": True}, r"differentiable=True .* use torch\.optim\.AdamW"),
-        (Muon, {"adjust_lr_fn": "rms"}, "must be 'original' .* got 'rms'"),
-        (Muon, {"adjust_lr_fn": "original", "scale": "none"}, "either scale or adjust_lr_fn"),
-        (Muon, {"ns_coefficients": JORDAN, "coefficients": "classic"}, "either coefficients or"),
-        (Muon, {"nesterov": 0.95}, "nesterov must be True or False, got 0.95"),
+        (FusedAdamW, {"amsgrad": True}, r"amsgrad=True .*torch\.optim\.AdamW"),
+        (FusedAdamW, {"differentiable": True}, r"differentiable=True .*torch\.optim\.AdamW"),
+        (Muon, {"adjust_lr_fn": "rms"}, "Muon: adjust_lr_fn .*'original'.*'rms'"),
+        (Muon, {"adjust_lr_fn": "original", "scale": "none"}, "Muon: .*scale .*adjust_lr_fn"),
+        (
+            Muon,
+            {"ns_coefficients": JORDAN, "coefficients": "classic"},
+            "Muon: .*coefficients .*ns_coefficients",
+        ),
+        (Muon, {"nesterov": 0.95}, r"Muon: nesterov .*0\.95"),
     ]
     for kind, options, match in refusals:
         with pytest.raises(ValueError, match=match):
             kind(params, **options)
-    with pytest.raises(ValueError, match=r"use torch\.optim\.Adam "):
+    with pytest.raises(ValueError, match=r"FusedAdamW: .*torch\.optim\.Adam\b"):
         FusedAdamW([{"params": params, "decoupled_weight_decay": False}])
 
 
@@ -636,6 +640,6 @@ def test_a_compiled_step_is_the_step(path: torch.device, kind: Any) -> None:
         (param,) = make(path, 1)
         set_grads([param], 0)
         whole = torch.compile(kind([param]).step, backend="eager", fullgraph=True)
-        with pytest.raises(Exception, match="compile the model alone"):
+        with pytest.raises(Exception, match=r"optimizer.*compile.*model"):
             whole()
     torch.compiler.reset()

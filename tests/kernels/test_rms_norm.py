@@ -313,18 +313,18 @@ def test_torch_samples(device: torch.device) -> None:
 @pytest.mark.parametrize(
     ("x", "weight", "residual", "message"),
     [
-        (torch.ones(2, 4), torch.ones(5), None, r"weight must have shape \(D,\) = \(4,\)"),
-        (torch.ones(2, 4), torch.ones(4, 1), None, r"weight must have shape"),
-        (torch.ones(2, 4), None, torch.ones(1, 4), r"residual must have the shape of x"),
-        (torch.ones(2, 0), None, None, r"D >= 1"),
-        (torch.ones(2, 4, dtype=torch.int32), None, None, r"floating-point"),
-        (torch.ones(2, 4), torch.ones(4, device="meta"), None, r"weight is on meta"),
+        (torch.ones(2, 4), torch.ones(5), None, r"weight .*\(4,\).*\(5,\)"),
+        (torch.ones(2, 4), torch.ones(4, 1), None, r"weight .*\(4,\).*\(4, 1\)"),
+        (torch.ones(2, 4), None, torch.ones(1, 4), r"residual .*\(2, 4\).*\(1, 4\)"),
+        (torch.ones(2, 0), None, None, r"x .*\bD\b.*\(2, 0\)"),
+        (torch.ones(2, 4, dtype=torch.int32), None, None, r"x .*torch\.int32"),
+        (torch.ones(2, 4), torch.ones(4, device="meta"), None, r"weight .*\bmeta\b.*\bcpu\b"),
     ],
 )
 def test_errors_name_value_and_remedy(
     x: Tensor, weight: Tensor | None, residual: Tensor | None, message: str
 ) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"rms_norm: {message}"):
         rms_norm(x, weight, residual=residual)
 
 

@@ -33,7 +33,7 @@ def test_class_weights_under_torchs_name() -> None:
         torch.testing.assert_close(loss(X, TARGETS, WEIGHT), theirs)
         torch.testing.assert_close(loss(X, TARGETS, weight=WEIGHT), theirs)
         torch.testing.assert_close(loss(X, TARGETS, class_weight=WEIGHT), theirs)
-        with pytest.raises(ValueError, match="pass one of them"):
+        with pytest.raises(ValueError, match=r"cross_entropy\w*: weight .*class_weight"):
             loss(X, TARGETS, WEIGHT, class_weight=WEIGHT)
 
 
@@ -47,7 +47,7 @@ def test_an_rms_norm_is_made_as_torchs_is() -> None:
     norm = RMSNorm(D, 1e-3, True, "meta", torch.bfloat16)
     assert norm.weight is not None
     assert (norm.weight.device.type, norm.weight.dtype) == ("meta", torch.bfloat16)
-    with pytest.raises(ValueError, match=r"dim must be one number.*\(2, 8\)"):
+    with pytest.raises(ValueError, match=r"RMSNorm: dim .*\(2, 8\)"):
         RMSNorm((2, D))
 
 
@@ -55,51 +55,60 @@ def test_an_rms_norm_is_made_as_torchs_is() -> None:
 CALLS: dict[str, tuple[Callable[[], Any], str]] = {
     "size_average": (
         lambda: cross_entropy(X, TARGETS, size_average=False),
-        r"cross_entropy: there is no argument 'size_average'; use reduction=",
+        r"cross_entropy: .*'size_average'.*\breduction=",
     ),
-    "reduce": (lambda: linear_cross_entropy(HIDDEN, HEAD, TARGETS, reduce=True), "use reduction="),
-    "input": (lambda: cross_entropy(input=X, target=TARGETS), "it is named logits"),
-    "target": (lambda: cross_entropy(X, target=TARGETS), "it is named targets"),
-    "no such": (lambda: cross_entropy(X, TARGETS, colour=1), r"'colour'; call cross_entropy\("),
-    "positional": (lambda: cross_entropy(X, TARGETS, WEIGHT, None, -1), "2 arguments too many"),
+    "reduce": (
+        lambda: linear_cross_entropy(HIDDEN, HEAD, TARGETS, reduce=True),
+        r"linear_cross_entropy: .*'reduce'.*\breduction=",
+    ),
+    "input": (lambda: cross_entropy(input=X, target=TARGETS), r"'input'.*\blogits\b"),
+    "target": (lambda: cross_entropy(X, target=TARGETS), r"'target'.*\btargets\b"),
+    "no such": (lambda: cross_entropy(X, TARGETS, colour=1), r"'colour'.* cross_entropy\("),
+    "positional": (
+        lambda: cross_entropy(X, TARGETS, WEIGHT, None, -1),
+        r"cross_entropy: 2 arguments .* cross_entropy\(",
+    ),
     "z-loss of Liger": (
         lambda: linear_cross_entropy(HIDDEN, HEAD, TARGETS, lse_square_scale=1e-4),
-        "it is named z_loss",
+        r"'lse_square_scale'.*\bz_loss\b",
     ),
     "weight twice": (
         lambda: linear_cross_entropy(HIDDEN, HEAD, TARGETS, weight=WEIGHT),
-        "weight is given twice",
+        r"linear_cross_entropy: weight .*\btwice\b",
     ),
     "names of torch": (
         lambda: linear_cross_entropy(HIDDEN, linear_weight=HEAD, target=TARGETS),
-        "it is named weight",
+        r"'linear_weight'.*\bweight\b",
     ),
     "a layer": (
         lambda: linear_cross_entropy(HIDDEN, LAYER, TARGETS),
-        r"weight must be a tensor, got Linear; call .*layer\.weight.*bias=layer\.bias",
+        r"weight .*\btensor\b.*Linear\b.*layer\.weight.*bias=layer\.bias",
     ),
     "probabilities": (
         lambda: cross_entropy(X, X.softmax(-1)),
-        r"class indices.*float32; probabilities .* torch\.nn\.functional",
+        r"targets .*float32.*torch\.nn\.functional\.cross_entropy",
     ),
     "probabilities of hidden states": (
         lambda: linear_cross_entropy(HIDDEN, HEAD, X.softmax(-1)),
-        r"probabilities .* torch\.nn\.functional",
+        r"targets .*float32.*torch\.nn\.functional\.cross_entropy",
     ),
     "shape of F.rms_norm": (
         lambda: rms_norm(HIDDEN, (D,)),
-        r"weight must be a tensor, got tuple; call rms_norm\(x, weight, eps=eps\)",
+        r"weight .*\btensor\b.*tuple\b.* rms_norm\(x, weight, eps=eps\)",
     ),
     "call of F.rms_norm": (
         lambda: rms_norm(HIDDEN, (D,), torch.ones(D), 1e-5),
-        r"2 arguments too many; call rms_norm\(x, weight, eps=eps\)",
+        r"2 arguments .* rms_norm\(x, weight, eps=eps\)",
     ),
     "normalized_shape": (
         lambda: rms_norm(HIDDEN, normalized_shape=(D,), weight=torch.ones(D)),
-        "the last dimension is normalised",
+        r"'normalized_shape'.*\blast dimension\b",
     ),
-    "normalized_shape of a module": (lambda: RMSNorm(normalized_shape=D), "it is named dim"),
-    "bias of a module": (lambda: RMSNorm(D, bias=False), "it has none"),
+    "normalized_shape of a module": (
+        lambda: RMSNorm(normalized_shape=D),
+        r"'normalized_shape'.*\bdim\b",
+    ),
+    "bias of a module": (lambda: RMSNorm(D, bias=False), "RMSNorm: .*'bias'"),
 }
 
 
@@ -113,16 +122,20 @@ def test_what_is_not_taken_is_told_apart_in_a_line(name: str) -> None:
 
 def test_the_layout_of_torchs_logits_is_told_apart() -> None:
     logits, targets = torch.randn(2, V, 3), torch.randint(V, (2, 3))
-    with pytest.raises(ValueError, match=r"\(2, 11, 3\) have their 11 classes in dimension 1.*mov"):
+    with pytest.raises(ValueError, match=r"logits \(2, 11, 3\).*\b11 classes\b.*movedim\(1, -1\)"):
         cross_entropy(logits, targets)
     ours = cross_entropy(logits.movedim(1, -1), targets)
     torch.testing.assert_close(ours, F.cross_entropy(logits, targets))
 
 
 def test_operands_in_ligers_order_are_told_apart() -> None:
-    with pytest.raises(ValueError, match=r"weight \(4, 8\), not of hidden \(11, 8\); exchange"):
+    with pytest.raises(
+        ValueError, match=r"weight \(4, 8\).*hidden \(11, 8\).* linear_cross_entropy\("
+    ):
         linear_cross_entropy(HEAD, HIDDEN, TARGETS)
-    with pytest.raises(ValueError, match=r"weight \(2, 2, 8\), not of hidden \(11, 8\); exchange"):
+    with pytest.raises(
+        ValueError, match=r"weight \(2, 2, 8\).*hidden \(11, 8\).* linear_cross_entropy\("
+    ):
         linear_cross_entropy(HEAD, HIDDEN.view(2, 2, D), TARGETS.view(2, 2))
 
 

@@ -180,11 +180,11 @@ def test_mixed_dtypes_promote() -> None:
 
 
 def test_errors_name_value_and_remedy() -> None:
-    with pytest.raises(ValueError, match=r"\(2, 4\).*\(2, 5\).*two equal halves"):
+    with pytest.raises(ValueError, match=r"swiglu: gate and up .*\(2, 4\).*\(2, 5\)"):
         swiglu(torch.ones(2, 4), torch.ones(2, 5))
-    with pytest.raises(ValueError, match=r"one shape and device"):
+    with pytest.raises(ValueError, match=r"swiglu: gate and up .*\bcpu\b.*\bmeta\b"):
         swiglu(torch.ones(2), torch.ones(2, device="meta"))
-    with pytest.raises(ValueError, match=r"swiglu: .* got torch.int64"):
+    with pytest.raises(ValueError, match=r"swiglu: .*torch\.int64"):
         swiglu(torch.ones(2), torch.arange(2))
-    with pytest.raises(ValueError, match=r"relu_squared: .* got torch.int64"):
+    with pytest.raises(ValueError, match=r"relu_squared: .*torch\.int64"):
         relu_squared(torch.arange(2))

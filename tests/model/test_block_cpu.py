@@ -1,5 +1,6 @@
 """Blocks in C++ against the same in plain torch, and when it is used."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -224,7 +225,7 @@ def test_what_it_cannot_do_is_left_to_others(
     monkeypatch.setattr(settings, "computes_in", lambda dtype: dtype != torch.float16)
     assert why_unfit(config_of()) is None
     assert resolve_compile(config_of(run={"compile": "c++"}), CPU) == "c++"
-    assert str(why_unfit(config_of(**sections))).startswith("C++ blocks ")
+    assert "C++ blocks" in str(why_unfit(config_of(**sections)))
     monkeypatch.setattr(settings, "is_supported", lambda: False)
     assert why_unfit(config_of())
 
@@ -244,9 +245,11 @@ def test_the_reason_names_what_this_machine_has(
     monkeypatch.setattr(settings, "is_supported", lambda: False)
     monkeypatch.setattr(settings, "compiler", lambda: compiler)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "ZVECTOR")
-    lacks = "this CPU has ZVECTOR" if compiler else "no g++ or clang++ with OpenMP is on the PATH"
-    reason = "C++ blocks need AVX2, AVX-512 or an ARM, and a compiler; "
-    assert why_unfit(config_of()) == reason + lacks
+    lacks = r"\bZVECTOR\b" if compiler else r"g\+\+ .*clang\+\+ .*OpenMP\b.*\bPATH\b"
+    reason = why_unfit(config_of())
+    assert reason
+    assert re.search(rf"AVX2, AVX-512 .*\bARM\b.*\bcompiler\b.*{lacks}", reason)
+    assert ("ZVECTOR" in reason) == bool(compiler)
 
 
 def train(compile: str, model_options: dict[str, Any]) -> tuple[list[float], list[Tensor]]:
@@ -308,11 +311,11 @@ def test_plain_causal_attention_in_fp32_is_all_it_knows() -> None:
     mask = torch.ones(16, 16, dtype=torch.bool)
     with pytest.raises(ValueError, match="causal"):
         run_blocks_on_cpu(blocks, norm, x, rope, mask, None, 0, None)
-    with pytest.raises(ValueError, match=r"\(0, 16, 64\) has no tokens"):
+    with pytest.raises(ValueError, match=r"run_blocks_on_cpu: x \(0, 16, 64\) "):
         run_blocks_on_cpu(blocks, norm, x[:0], rope, None, None, 0, None)
     for part in (norm, blocks[0].mlp):  # a part alone: none of it would be read as it is
         part.double()
-        with pytest.raises(ValueError, match=r"not torch\.float64 on cpu.*blocks_fn"):
+        with pytest.raises(ValueError, match=r"run_blocks_on_cpu: .*torch\.float64\b.*blocks_fn"):
             run_blocks_on_cpu(blocks, norm, x, rope, None, None, 0, None)
         part.float()
     weight = blocks[0].attention.out.weight
@@ -361,8 +364,10 @@ def test_fake_tensors_give_shapes_and_transforms_are_refused() -> None:
         torch.func.vjp(run, x)
     y = run(x)
     batch = torch.ones(2, *y.shape)
-    with pytest.raises(RuntimeError, match=r"batches of gradients.*blocks_fn"):
+    with pytest.raises(RuntimeError, match=r"run_blocks_on_cpu: .*\bgradients\b.*blocks_fn"):
         torch.autograd.grad(y, x, batch, is_grads_batched=True, retain_graph=True)
     (grad,) = torch.autograd.grad(y, x, torch.ones_like(y), create_graph=True)
-    with pytest.raises(RuntimeError, match=r"once; use fasttrain\.model\.run_blocks"):
+    with pytest.raises(
+        RuntimeError, match=r"run_blocks_on_cpu .*\bonce\b.*fasttrain\.model\.run_blocks"
+    ):
         grad.sum().backward()

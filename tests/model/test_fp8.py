@@ -43,7 +43,7 @@ def make_model() -> Transformer:
     ("options", "why"),
     [
         ({"compile": "off"}, "compile"),
-        ({"device": "cpu"}, "needs a CUDA device"),
+        ({"device": "cpu"}, "CUDA"),
         ({"dtype": "fp32"}, "bf16"),
         ({"dtype": "fp16"}, "bf16"),
     ],
@@ -55,11 +55,11 @@ def test_settings_that_do_not_go_with_fp8_are_refused(options: dict[str, str], w
 
 
 def test_devices_without_fp8_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match=r"Hopper.*got cpu; unset run\.fp8"):
+    with pytest.raises(UserError, match=r"run\.fp8 = .*Hopper.*\bcpu\b.*run\.fp8"):
         multiply_in_fp8(make_model(), CPU)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "An A100")
-    with pytest.raises(UserError, match=r"got An A100 \(compute capability 8\.0\)"):
+    with pytest.raises(UserError, match=r"An A100 \(.*8\.0\)"):
         multiply_in_fp8(make_model(), CUDA)
 
 
@@ -72,7 +72,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_matrices_that_the_hardware_does_not_take_are_named() -> None:
     config = replace(CONFIG.model, dim=40, hidden_dim=64)
-    with pytest.raises(UserError, match=r"blocks\.0\.attention\.qkv is a matrix of 120 × 40"):
+    with pytest.raises(UserError, match=r"blocks\.0\.attention\.qkv .*\b120 × 40\b"):
         multiply_in_fp8(Transformer(config, seq_len=12), CPU, emulate=True)
 
 

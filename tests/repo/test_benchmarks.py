@@ -112,7 +112,7 @@ def test_folders_are_compared_suite_by_suite_and_device_by_device(
     assert compare([str(tmp_path / "old"), str(tmp_path / "new")]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["same", "SLOWER", "lost", "faster", "3", "b"]
-    assert "not in the new results" in lines[2]
+    assert lines[2].startswith("lost    c ")
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_folders_are_compared_suite_by_suite_and_device_by_device(
     [
         ([{"name": "op[8]", "failed": "off by 1"}], 1, "FAILED  op op[8]: failed: off by 1"),
         ([{"name": "op[8]", "skipped": "no device"}], 2, "lost    op op[8]: skipped: no device"),
-        ([], 2, "lost    op op[8]: skipped: not in the new results"),
+        ([], 2, "lost    op op[8]: skipped: "),
         ([{"name": "op[8]", "times_s": {"fasttrain": [1.0]}}], 2, "lost    op op[8]: no time"),
     ],
 )
@@ -167,7 +167,7 @@ def test_a_bound_holds_for_the_processors_that_it_names(
     capsys.readouterr()
     newer = write(tmp_path / "a.json", stall, suite="checkpoint", isa="AVX-512")
     assert compare([newer]) == 2
-    assert "no figure" in capsys.readouterr().err
+    assert re.search(r"error: .*\bbound\b", capsys.readouterr().err)
 
 
 def test_no_benchmark_fails_for_what_it_timed_but_that_of_the_rule_of_auto() -> None:
@@ -178,7 +178,7 @@ def test_no_benchmark_fails_for_what_it_timed_but_that_of_the_rule_of_auto() -> 
                 words = set(re.findall(r"\w+", ast.unparse(node.test)))
                 found += [ast.unparse(node)] * bool(words & timed)
     assert len(found) == 1
-    assert "auto is not the fastest" in found[0]
+    assert "fastest" in found[0]
 
 
 def test_the_benchmarks_end_with_a_table_and_do_not_mind_a_slow_machine(tmp_path: Path) -> None:
@@ -297,9 +297,9 @@ def test_a_wrong_or_missing_peer_is_left_out_and_ours_must_be_right() -> None:
     makers = {"fasttrain": partial(maker, "fasttrain", 1.0), "off": partial(maker, "off", 1.01)}
     calls, left_out = harness.gather(makers | {"none": missing})
     assert list(calls) == ["fasttrain"]
-    assert "off by 1.0e-02" in left_out["off"]
+    assert "1.0e-02" in left_out["off"]
     assert left_out["none"] == "not installed"
-    with pytest.raises(AssertionError, match="off by"):
+    with pytest.raises(AssertionError, match=r"fasttrain: .*1\.0e-02"):
         harness.gather({"fasttrain": partial(maker, "fasttrain", 1.01)})
     nan = [torch.full((4,), math.nan)]
     with pytest.raises(AssertionError):

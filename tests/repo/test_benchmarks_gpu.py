@@ -1,5 +1,6 @@
 """``make gpu``: its stages fit the time, fail alone, and its parts run up to the device."""
 
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -60,7 +61,7 @@ child.wait()
 """
     limit_s = 1.0
     while not pid.exists():  # a busy machine may not come to start the child so soon
-        assert run_stage(stage(code), limit_s, tmp_path / "log").startswith("out of time")
+        assert f" {limit_s:.0f} s" in run_stage(stage(code), limit_s, tmp_path / "log")
         limit_s *= 4
     wait_until(lambda: not alive(int(pid.read_text())))
 
@@ -77,7 +78,7 @@ def test_a_failure_does_not_stop_the_rest(
     assert done.exists()
     out = capsys.readouterr().out
     assert (tmp_path / "first.log").read_text("utf-8") == "why it failed\n"
-    assert "failed with exit status 3" in out
+    assert "status 3" in out
     assert "why it failed" in out
 
 
@@ -90,7 +91,7 @@ def test_rehearsal_keeps_nothing(
     monkeypatch.setattr(gpu, "plan", lambda *_, **__: [stage("print(1)", name="one")])
     assert gpu.main() == 0
     out = capsys.readouterr().out
-    assert "no CUDA device: rehearsal" in out
+    assert re.search("CUDA.*rehearsal", out)
     assert list(tmp_path.iterdir()) == []
 
 

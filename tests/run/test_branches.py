@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -78,7 +79,7 @@ def test_R35_a_branch_without_a_change_has_the_bits_of_its_parent(
     toy: Path, parent: Path, capsys: Capture
 ) -> None:
     assert main([str(toy), *KEYS, "run.name=fork", "--resume", OLDER]) == 0
-    assert "runs/parent/checkpoints/step-00000004 at step 4" in capsys.readouterr().out
+    assert re.search(rf"{OLDER} .*\b4\b", capsys.readouterr().out)
     ends = [
         checkpoint.load(run / "checkpoints/step-00000008") for run in (parent, Path("runs/fork"))
     ]
@@ -92,8 +93,8 @@ def test_R35_a_branch_without_a_change_has_the_bits_of_its_parent(
     capsys.readouterr()
     assert checkpoint_main(["runs/second"]) == 0
     shown = capsys.readouterr().out
-    assert f"branched off {parent.resolve()} at step 4" in shown
-    assert f"branched off {Path('runs/fork').resolve()} at step 8" in shown
+    for run, step in ((parent, 4), (Path("runs/fork"), 8)):
+        assert re.search(rf"{re.escape(str(run.resolve()))} .*\b{step}\b", shown)
 
 
 def test_R35_the_newest_checkpoint_of_a_run_goes_on_in_its_folder(toy: Path) -> None:
@@ -114,17 +115,14 @@ def test_R35_overwrite_alone_drops_what_is_newer(toy: Path, parent: Path, capsys
     command = [str(toy), *KEYS, "--resume", OLDER, "--overwrite"]
     before = contents(parent)
     assert main([*command, "run.name=fork"]) == 2
-    assert "--overwrite drops what is newer in runs/parent, and run.name = fork" in (
-        capsys.readouterr().err
-    )
+    error = capsys.readouterr().err
+    assert re.search(r"--overwrite .*runs/parent\b.*run\.name = fork\b", error)
     with pytest.raises(SystemExit):
         main([str(toy), "--resume", "auto", "--overwrite"])
     assert main([*command, "optim.lr=1e-4"]) == 2  # refused before anything is dropped
     assert contents(parent) == before
     assert main([*command, "--stop-at-step", "5"]) == 75
-    assert "--overwrite: runs/parent/checkpoints/step-00000008 is dropped" in (
-        capsys.readouterr().out
-    )
+    assert "--overwrite: runs/parent/checkpoints/step-00000008 " in capsys.readouterr().out
     assert names() == ["parent"]
     assert [row["step"] for row in rows(parent)] == [1, 2, 3, 4, 5]
     assert {p.name for p in (parent / "checkpoints").iterdir()} >= {"step-00000005"}
@@ -135,7 +133,7 @@ def test_R35_a_branch_of_a_taken_name_is_refused(toy: Path, parent: Path, capsys
     assert main([str(toy), *KEYS, "run.name=fork", "--stop-at-step", "2"]) == 75
     before = contents(Path("runs"))
     assert main([str(toy), *KEYS, "run.name=fork", "--resume", OLDER]) == 2
-    assert "runs/fork exists already; continue it with --resume auto" in capsys.readouterr().err
+    assert re.search(r"runs/fork .*--resume auto\b.*run\.name", capsys.readouterr().err)
     assert contents(Path("runs")) == before
 
 
@@ -152,7 +150,7 @@ def test_R35_a_branch_that_was_cut_off_before_its_first_checkpoint_starts_from_i
     Path("runs/fork/metrics.jsonl").write_text("")
     shutil.rmtree(parent)
     assert main([*command, "--resume", "auto"]) == 2
-    assert "step-00000004, which is gone" in capsys.readouterr().err
+    assert re.search(rf"runs/fork .*/{OLDER}\b", capsys.readouterr().err)
 
 
 def test_a_decaying_branch_needs_no_config(toy: Path) -> None:
@@ -199,11 +197,11 @@ def test_resume_auto_takes_the_newest_unfinished_run_whatever_was_removed(
     assert rows(Path("runs/toy"))[-1]["step"] == 3
     capsys.readouterr()
     assert main([*command, "--resume", "auto"]) == 0
-    assert "come to its end" not in capsys.readouterr().out
+    ended = re.compile("^runs/toy .*config", re.MULTILINE)  # a note of its own
+    assert not ended.search(capsys.readouterr().out)
     assert rows(Path("runs/toy"))[-1]["step"] == 8
     assert main([*command, "--resume", "auto"]) == 0
-    shown = capsys.readouterr().out
-    assert "runs/toy has come to its end, and no run of this config is unfinished" in shown
+    assert ended.search(capsys.readouterr().out)
     assert names() == ["toy", "toy-2"]
 
 
@@ -253,13 +251,13 @@ def test_a_learning_rate_that_was_changed_undoes_a_decay_with_a_warning(
     longer = ["train.steps=12", "optim.lr=2e-3", "--resume", "auto"]
     allowed = ["--allow-change", "train.steps", "--allow-change", "optim.lr"]
     assert main([str(toy), *longer, *allowed, "--stop-at-step", "7"]) == 75
-    assert "and was to be 0: the loss will jump too" in capsys.readouterr().out
+    assert re.search(r"step 7\b.* 0\.00\d+\b.* 0\b.*--decay-from", capsys.readouterr().out)
     # A rate that is doubled by name, and has not decayed, is meant.
     constant = [str(toy), "run.name=b", "schedule.name=constant"]
     assert main([*constant, "--stop-at-step", "4"]) == 75
     capsys.readouterr()
     assert main([*constant, "optim.lr=6e-3", "--resume", "auto", "--allow-change", "optim.lr"]) == 0
-    assert "will jump" not in capsys.readouterr().out
+    assert "--decay-from" not in capsys.readouterr().out
 
 
 def test_a_run_in_a_mirror_is_known_by_its_record(toy: Path) -> None:
@@ -284,7 +282,7 @@ def test_R35_a_checkpoint_that_the_mirror_is_ahead_of_is_not_continued(
     shutil.rmtree("runs")
     shutil.copytree("old", "runs")
     assert main([*command, "--resume", "runs/a/checkpoints/step-00000002"]) == 2
-    assert "held a newer checkpoint" in capsys.readouterr().err
+    assert re.search(r"--resume runs/a/\S+-00000002: .*-00000005\b", capsys.readouterr().err)
     shutil.rmtree("runs")
     shutil.move("old", "runs")
     assert main([*command, "--resume", "runs/a"]) == 0  # from the newest
@@ -296,7 +294,7 @@ def test_R35_a_run_in_a_mirror_is_not_renamed_by_its_address(toy: Path, capsys: 
     command = [str(toy), *KEYS, "run.name=a", f"checkpoint.mirror={mirror}"]
     assert main([*command, "--stop-at-step", "2"]) == 75
     assert main(["--resume", f"{mirror}/a", "run.name=fork"]) == 2
-    assert "continues the run a, not run.name = fork; for a branch" in capsys.readouterr().err
+    assert re.search(r"--resume file:\S+/m/a: .*run\.name = fork\b", capsys.readouterr().err)
 
 
 def test_a_mirror_brings_no_checkpoint_of_another_run_of_that_name(
@@ -309,7 +307,7 @@ def test_a_mirror_brings_no_checkpoint_of_another_run_of_that_name(
     Path("runs/two").rename("runs/one")
     before = contents(Path("m"))
     assert main([str(toy), *KEYS, mirror, "run.name=one", "--resume", "auto"]) == 2
-    assert "/m/one holds copies of another run than runs/one" in capsys.readouterr().err
+    assert re.search(r"/m/one .*runs/one\b.*checkpoint\.mirror", capsys.readouterr().err)
     assert contents(Path("m")) == before
     # A run by the name of a link is the run that it leads to.
     Path("runs/one").rename("runs/two")
@@ -345,7 +343,7 @@ def test_a_branch_that_is_named_is_not_that_of_another_checkpoint(
     assert main([*job, source.format(2), "--stop-at-step", "5"]) == 75
     before = contents(Path("runs/fork"))
     assert main([*job, source.format(4)]) == 2
-    assert "fork exists already and does not decay from" in capsys.readouterr().err
+    assert re.search(r"runs/fork .*step-00000004\b.*run\.name", capsys.readouterr().err)
     assert contents(Path("runs/fork")) == before
     assert main([*job, source.format(2)]) == 0
     assert rows(Path("runs/fork"))[-1]["step"] == 6

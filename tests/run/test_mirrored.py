@@ -1,5 +1,6 @@
 """Runs with ``checkpoint.mirror``: resumed where their folder is gone, whatever the bucket does."""
 
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -40,7 +41,7 @@ def test_a_run_whose_folder_is_gone_goes_on_from_its_mirror(toy: Path, capsys: C
     assert main([str(toy), *KEYS, "run.out_dir=whole"]) == 0
     command = [str(toy), *KEYS, f"checkpoint.mirror={toy.parent / 'm'}"]
     assert main([*command, "--resume", "auto"]) == 0  # there is nothing yet
-    assert "nothing to resume, runs/toy holds no checkpoint yet" in capsys.readouterr().out
+    assert re.search(r"resume\b.*runs/toy .*checkpoint", capsys.readouterr().out)
     equal("whole/toy", "runs/toy")
     shutil.rmtree("runs")
     # A new run does not write over it, not even where nothing of it is left
@@ -48,13 +49,13 @@ def test_a_run_whose_folder_is_gone_goes_on_from_its_mirror(toy: Path, capsys: C
     assert [path.name for path in Path("runs").iterdir()] == ["toy-2"]
     capsys.readouterr()
     assert main([*command, "run.name=toy"]) == 2
-    assert "runs/toy exists already in checkpoint.mirror" in capsys.readouterr().err
+    assert re.search(r"runs/toy .*checkpoint\.mirror.*--resume auto", capsys.readouterr().err)
     # The newest run of the config
     shutil.rmtree("runs")
     assert main([*command, "--resume", "auto"]) == 0
     shown = capsys.readouterr().out
-    assert f"{toy.parent}/m/toy-2 holds 2 newer checkpoints" in shown
-    assert "runs/toy-2/checkpoints/step-00000004-c2 at step 4" in shown
+    assert re.search(rf"{re.escape(str(toy.parent))}/m/toy-2 .*\b2\b.*checkpoints", shown)
+    assert re.search(r"runs/toy-2/checkpoints/step-00000004-c2 .*\b4\b", shown)
     equal("whole/toy", "runs/toy-2")
     assert [path.name for path in Path("runs").iterdir()] == ["toy-2"]
 
@@ -70,7 +71,7 @@ def test_a_run_is_named_by_its_address_without_a_config(
     assert main([str(toy), *keys, "--stop-at-step", "5"]) == 75
     shutil.rmtree("runs")
     assert main(["--resume", f"{mirror}/none"]) == 2
-    assert f"{mirror}/none/config.toml: get_file failed" in capsys.readouterr().err
+    assert f"{mirror}/none/config.toml: get_file " in capsys.readouterr().err
     assert not Path("runs").exists()
     assert main(["--resume", f"{mirror}/a/"]) == 0
     equal("whole/toy", "runs/a")
@@ -90,14 +91,14 @@ def test_R14_the_newest_of_both_sides_that_is_sound_is_taken(toy: Path, capsys: 
     again = [*command, "--resume", "auto", "--stop-at-step"]
     assert main([*again, "5"]) == 75
     shown = capsys.readouterr().out
-    assert shown.count("passing over a damaged checkpoint") == 1
-    assert "step-00000006-c3/model.safetensors: damaged" in shown
-    assert "runs/toy/checkpoints/step-00000004 at step 4" in shown
+    (passed,) = re.findall("warning: .*/checkpoints/step-.*", shown)
+    assert re.search(r"step-00000006-c3/model\.safetensors: .*damaged", passed)
+    assert re.search(r"runs/toy/checkpoints/step-00000004 .*\b4\b", shown)
     # What was saved after it is newer than what was damaged
     shutil.rmtree("runs")
     shutil.copytree("old", "runs")
     assert main([*again, "6"]) == 75
-    assert "runs/toy/checkpoints/step-00000005-c4 at step 5" in capsys.readouterr().out
+    assert re.search(r"runs/toy/\S+/step-00000005-c4 .*\b5\b", capsys.readouterr().out)
 
 
 def test_a_machine_that_lags_behind_gets_the_log_too(toy: Path, capsys: Capture) -> None:
@@ -107,7 +108,7 @@ def test_a_machine_that_lags_behind_gets_the_log_too(toy: Path, capsys: Capture)
     assert main([*command, "--stop-at-step", "4"]) == 75
     shutil.rmtree("runs")
     assert main([*command[:-1], "runs/toy"]) == 2  # by its folder, which is gone
-    assert "auto or the run's address if it lies in checkpoint.mirror" in capsys.readouterr().err
+    assert re.search(r"--resume runs/toy: .*checkpoint\.mirror", capsys.readouterr().err)
     shutil.move("old", "runs")
     assert main([*command, "--stop-at-step", "5"]) == 75
     assert [row["step"] for row in rows(Path("runs/toy"))] == [1, 2, 3, 4, 5]
@@ -120,8 +121,8 @@ def test_an_address_whose_password_was_not_saved_is_refused(toy: Path, capsys: C
     for command in (["--resume", "runs/toy"], ["runs/toy/config.toml", "--resume", "auto"]):
         assert main(command) == 2
         said = capsys.readouterr().err
-        assert f"checkpoint.mirror = faulty://***@{toy.parent}/m: " in said
-        assert "give the whole address" in said
+        address = re.escape(f"faulty://***@{toy.parent}/m")
+        assert re.search(rf"checkpoint\.mirror = {address}: .*checkpoint\.mirror=", said)
     assert main(["--resume", "runs/toy", mirror, "--stop-at-step", "4"]) == 75
     assert sorted(toy.parent.iterdir()) == folders  # nothing was copied elsewhere
 
@@ -135,9 +136,8 @@ def test_a_bucket_that_fails_does_not_end_the_run(toy: Path, capsys: Capture) ->
     command = [str(toy), *KEYS, f"checkpoint.mirror=faulty://{toy.parent}/m"]
     assert main(command) == 0
     shown = capsys.readouterr().out
-    assert shown.count("warning: a checkpoint was not copied: ") >= 1
-    assert "the bucket is on fire" in shown
-    assert "copying the last checkpoint to faulty:///" in shown
+    assert re.search("warning: .*checkpoint.*the bucket is on fire", shown)
+    assert re.search(r"^(?!warning).*checkpoint\b.* faulty:///.*\d s$", shown, re.MULTILINE)
     # What is missing there is copied when the run is resumed, though it has come to its end
     Faulty.happens = lambda what, half: None
     assert main([*command, "--resume", "auto"]) == 0
@@ -178,7 +178,7 @@ def test_R13_a_bucket_that_fails_from_the_start_is_refused(
     error = capsys.readouterr().err
     assert "faulty:///" in error
     assert "not yours" in error
-    assert "check the address and the credentials" in error
+    assert "credentials" in error
     assert not Path("runs/toy").exists()
 
 
@@ -202,7 +202,8 @@ def test_several_ranks_go_on_from_a_mirror(tmp_path: Path) -> None:
     ranks.run_all(tmp_path, runs)
     statuses = {name: [ranks.result(tmp_path, name, r)["status"] for r in (0, 1)] for name in runs}
     assert statuses == {"whole": [0, 0], "cut": [75, 75], "resumed": [0, 0]}
-    assert "step-00000005-c3 at step 5" in (tmp_path / "output-0.txt").read_text()
+    shown = (tmp_path / "output-0.txt").read_text()
+    assert re.search(r"step-00000005-c3 .*\b5\b", shown)
     equal(f"{tmp_path}/whole/toy", f"{tmp_path}/second/toy")
 
 
@@ -238,7 +239,7 @@ def test_a_bucket_of_S3(toy: Path, bucket: FaultyServer, capsys: Capture) -> Non
     shutil.rmtree("runs")
     capsys.readouterr()
     assert main([*command, "--resume", "auto"]) == 0
-    assert "runs/toy/checkpoints/step-00000005-c3 at step 5" in capsys.readouterr().out
+    assert re.search(r"runs/toy/\S+/step-00000005-c3 .*\b5\b", capsys.readouterr().out)
     equal("whole/toy", "runs/toy")
     puts = [path.partition("?")[0] for method, path in bucket.requests if method == "PUT"]
     for name in {path.split("/")[5] for path in puts if "/step-" in path}:
@@ -246,7 +247,7 @@ def test_a_bucket_of_S3(toy: Path, bucket: FaultyServer, capsys: Capture) -> Non
         assert of_copy[-1].endswith("/manifest.json")
     shutil.rmtree("runs")
     assert main(["--resume", "s3://bucket/runs/toy"]) == 0
-    assert "nothing is left to train" in capsys.readouterr().out
+    assert re.search(r"step-00000008-c\d+ .*\b8\b.*train", capsys.readouterr().out)
     equal("whole/toy", "runs/toy")
 
 
@@ -254,7 +255,7 @@ def test_a_bucket_of_S3_that_fails(toy: Path, bucket: FaultyServer, capsys: Capt
     command = [str(toy), *KEYS, "checkpoint.mirror=s3://bucket/runs"]
     bucket.fails_always = "optimizer.safetensors"
     assert main([*command, "--stop-at-step", "3"]) == 75
-    assert "a checkpoint was not copied: s3://bucket/runs/toy" in capsys.readouterr().out
+    assert re.search("warning: .*checkpoint.*s3://bucket/runs/toy", capsys.readouterr().out)
     bucket.fails_always = ""
     assert main([*command, "--resume", "auto", "--stop-at-step", "4"]) == 75
     shutil.rmtree("runs")
@@ -264,5 +265,5 @@ def test_a_bucket_of_S3_that_fails(toy: Path, bucket: FaultyServer, capsys: Capt
 
 def test_a_bucket_of_S3_that_is_none(toy: Path, bucket: FaultyServer, capsys: Capture) -> None:
     assert main([str(toy), *KEYS, "checkpoint.mirror=s3://buckle/runs"]) == 2
-    assert "s3://buckle/runs/toy/config.toml: pipe_file failed" in capsys.readouterr().err
+    assert "s3://buckle/runs/toy/config.toml: pipe_file " in capsys.readouterr().err
     assert not Path("runs/toy").exists()

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -43,10 +44,10 @@ def test_a_new_run_starts_from_the_parameters_of_another(
     capsys.readouterr()
     train(toy, "third", f"model.init_from={second}", "model.dim=16", check=2)
     error = capsys.readouterr().err
-    assert "attention.out.weight is (32, 32) there and (16, 16) here" in error
+    assert re.search(r"attention\.out\.weight .*\(32, 32\).*\(16, 16\)", error)
     assert not Path("runs/third").exists()
     train(toy, "fourth", "model.init_from=nowhere", check=2)
-    assert "nowhere: no such folder" in capsys.readouterr().err
+    assert re.search(r"\bnowhere: .*\bfolder\b", capsys.readouterr().err)
 
 
 def test_a_branch_decays_from_a_checkpoint_to_its_own_horizon(
@@ -80,7 +81,7 @@ def test_a_branch_decays_from_a_checkpoint_to_its_own_horizon(
         (["train.steps=4", *WSD], "train.steps"),
         (["train.steps=9"], "schedule.name=wsd"),
         ([*WSD, "train.steps=9", "model.dim=16"], "model.dim"),
-        ([*WSD, "--resume", str(base)], "leave one out"),
+        ([*WSD, "--resume", str(base)], f"--resume {base}"),
     ):
         train(toy, "refused", *options, "--decay-from", str(source), check=2)
         assert message in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """Runs whose data are at an address: the bits of a run from disk, and what a missing shard does."""
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -80,7 +81,7 @@ def test_a_run_has_the_bits_of_one_from_disk_and_either_continues_the_other(
     assert len(server.happened) == 3
     assert numbers("remote") == numbers("disk")
     out = capsys.readouterr().out
-    assert "does not hold all shards, and the order of samples needs them all the time" in out
+    assert re.search(r"data\.cache_gib = .*\bshards\b.*data\.prefetch", out)
     assert train("mixed", "--stop-at-step", "4") == 75
     assert train("mixed", *there, "--stop-at-step", "8", "--resume=auto") == 75
     assert train("mixed", "--resume=auto") == 0
@@ -98,12 +99,12 @@ def test_a_missing_shard_ends_the_run_with_a_checkpoint(
     capsys.readouterr()
     assert train("remote", *there) == 1
     out, err = capsys.readouterr()
-    assert f"warning: {server.url}/data/{name}: cat_file failed" in out
-    assert "check the address and the credentials" in out
+    address = re.escape(f"{server.url}/data/{name}")
+    assert re.search(f"warning: {address}: cat_file .*credentials", out)
     assert "Traceback" not in out + err
     saved = checkpoint.load(checkpoint.resolve(Path("runs/remote"), which="latest"))
     assert saved.step == n_steps, "those before it is needed"
-    assert f"saved: {saved.path}" in out
+    assert re.search(rf"saved.*{saved.path}$", out, re.MULTILINE)
     shutil.move("elsewhere", f"data/{name}")
     assert train("remote", *there, "--resume=auto") == 0
     assert numbers("remote") == numbers("disk")
@@ -125,7 +126,7 @@ def test_validation_data_that_are_missing_end_the_run_with_a_checkpoint(
 def test_an_address_without_a_dataset_is_bad_input(server: FaultyServer, capsys: Capture) -> None:
     assert train("remote", f"data.path={server.url}/nothing?token=hidden-from-all") == 2
     out, err = capsys.readouterr()
-    assert f"error: {server.url}/nothing/dataset.json: cat_file failed" in err
+    assert f"error: {server.url}/nothing/dataset.json: cat_file " in err
     assert "hidden-from-all" not in out + err
 
 
@@ -143,7 +144,7 @@ def test_ranks_of_which_one_misses_a_shard_save_the_step_before_it(
         there = [f"data.path={server.url}/data", "data.prefetch=1", "eval.sample_every_steps=none"]
         job.torchrun("run.name=remote", *there)
         assert job.ended() != [0]
-        assert f"{name}: cat_file failed" in job.output()
+        assert f"{name}: cat_file " in job.output()
         found = checkpoint.load(checkpoint.resolve(Path("runs/remote"), which="latest"))
         assert found.step == n_steps
         job.processes.clear()

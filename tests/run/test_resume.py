@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import runpy
 import shutil
 import sys
@@ -108,10 +109,10 @@ A, B, C = b"alpha beta " * 40, b"gamma delta" * 40, b"gamma Delta" * 40
 @pytest.mark.parametrize(
     ("texts", "n_special", "expected"),
     [
-        ((B, A), 0, "data.train.shards: the same files in another order"),
-        ((A, C), 0, "data.train.shards: file 2 of 2: "),
-        ((A, B + B), 0, "data.train.shards: 2 files → 3 files"),
-        ((A, B), 1, "data.train.tokenizer: "),
+        ((B, A), 0, r"data\.train\.shards: .*\border\b"),
+        ((A, C), 0, r"data\.train\.shards: .*\b2 of 2: .* → "),
+        ((A, B + B), 0, r"data\.train\.shards: 2 .* → 3\b"),
+        ((A, B), 1, r"data\.train\.tokenizer: "),
     ],
     ids=["order", "contents", "number", "tokenizer"],
 )
@@ -124,7 +125,7 @@ def test_R24_changed_data_are_refused_and_named(
     assert main([*command, "--stop-at-step", "1"]) == 75
     write_two_shards(data, texts, n_special)
     assert main([*command, "--resume", "auto"]) == 2
-    assert expected in capsys.readouterr().err
+    assert re.search(expected, capsys.readouterr().err)
     write_two_shards(data, (A, B))
     moved = data.rename(toy.parent / "elsewhere")  # the same data at another place are the same
     assert main([*command, f"data.path={moved}", "--resume", "auto"]) == 0
@@ -145,8 +146,8 @@ def test_R24_an_allowed_change_is_recorded_and_shown(toy: Path, capsys: Capture)
     capsys.readouterr()
     assert checkpoint_main([str(toy.parent / "runs/toy")]) == 0
     shown = capsys.readouterr().out
-    assert "changed at step 2: train.steps: 12 → 14" in shown
-    assert "changed at step 3: optim.lr: 0.003 → 0.0001" in shown
+    assert re.search(r"\b2: train\.steps: 12 → 14\b", shown)
+    assert re.search(r"\b3: optim\.lr: 0\.003 → 0\.0001\b", shown)
 
 
 @pytest.mark.parametrize(
@@ -190,10 +191,9 @@ def test_R14_resuming_passes_over_damage_loudly_and_a_named_checkpoint_errors(
     assert "optimizer.safetensors: damaged" in capsys.readouterr().err
     assert main([*whole, "run.name=a", "--resume", "auto"]) == 0
     shown = capsys.readouterr().out
-    assert shown.count("passing over a damaged checkpoint") == 2
-    assert "step-00000006/optimizer.safetensors" in shown
-    assert "step-00000004/state.json" in shown
-    assert "at step 2" in shown
+    passed = re.findall(r"(?i)warning: .*?(step-\d+/[\w.]+)", shown)
+    assert passed == ["step-00000006/optimizer.safetensors", "step-00000004/state.json"]
+    assert re.search(r"step-00000002 .*\b2\b", shown)
     pair = (toy.parent / "runs" / name for name in ("whole", "a"))
     assert verify_resume.first_difference(*pair)[0] is None
 
@@ -205,23 +205,20 @@ def test_a_horizon_that_makes_the_learning_rate_jump_is_told(toy: Path, capsys: 
     longer = [*wsd[:2], "train.steps=12", "--resume", "auto", "--allow-change", "train.steps"]
     assert main([*longer, "--stop-at-step", "7"]) == 75
     shown = capsys.readouterr().out
-    assert "the learning rate of step 7 is 0.003, and was to be 0:" in shown
-    assert "--decay-from CHECKPOINT" in shown
-    assert "schedule.name=constant" in shown
+    jump = r"step 7\b.*\b{}\b.*\b0\b.*--decay-from CHECKPOINT\b.*schedule\.name=constant optim\.lr="
+    assert re.search(jump.format(r"0\.003"), shown)
     assert rows(toy.parent / "runs/toy")[-1]["lr"] == 0.003
     muon = [*wsd, "run.name=muon", "optim.name=muon", "optim.lr=0.02"]
     assert main(muon) == 0
     capsys.readouterr()
     assert main([*muon, *longer[2:]]) == 0
-    shown = capsys.readouterr().out
-    assert "the learning rate of step 7 is 0.02, and was to be 0:" in shown
-    assert "schedule.name=constant optim.lr=…" in shown
+    assert re.search(jump.format(r"0\.02"), capsys.readouterr().out)
     # There is no warning if nothing jumps, or if the rate itself was changed by name.
     small = ["train.steps=13", "--resume", "auto", "--allow-change", "train.steps"]
     assert main([*wsd[:2], *small, "--stop-at-step", "8"]) == 75
     constant = ["schedule.name=constant", "optim.lr=1e-4", "--allow-change", "schedule.name"]
     assert main([str(toy), *small, *constant, "--allow-change", "optim.lr"]) == 0
-    assert "learning rate" not in capsys.readouterr().out
+    assert "--decay-from" not in capsys.readouterr().out
 
 
 # ---- --resume auto in a job script ---------------------------------------------------------------
@@ -243,12 +240,12 @@ def test_resume_auto_starts_a_run_where_there_is_none_and_then_goes_on_with_it(
     assert main([*command, "data.path=nowhere"]) == 2
     assert not list((toy.parent / "runs").iterdir())  # a run that never began leaves nothing
     assert main([*command, "--stop-at-step", "4"]) == 75
-    shown = capsys.readouterr().out
-    assert "nothing to resume, runs/a holds no checkpoint yet: starting a new run" in shown
+    unsaved = r"resume\b.*runs/a .*checkpoint"
+    assert re.search(rf"{unsaved}.*\bnew\b", capsys.readouterr().out)
     assert main(command) == 0
     shown = capsys.readouterr().out
-    assert "nothing to resume" not in shown
-    assert "step-00000004 at step 4" in shown
+    assert not re.search(unsaved, shown)
+    assert re.search(r"step-00000004 .*\b4\b", shown)
     assert [row["step"] for row in rows(toy.parent / "runs/a")] == list(range(1, 13))
 
 
@@ -262,8 +259,8 @@ def test_a_run_killed_before_its_first_checkpoint_starts_over_in_its_folder(
     assert [p for p in sorted(run_dir.rglob("*")) if p.name not in (".lock", "train.log")] == before
     assert len((run_dir / "metrics.jsonl").read_text().splitlines()) == 2
     assert main([str(toy), "log.csv=true", "train.steps=3", "--resume", "auto"]) == 0
-    told = "nothing to resume, runs/toy holds no checkpoint yet: starting over in this folder"
-    assert told in capsys.readouterr().out
+    told = r"resume\b.*runs/toy .*checkpoint.*\bfolder\b"
+    assert re.search(told, capsys.readouterr().out)
     assert [row["step"] for row in rows(run_dir)] == [1, 2, 3]
     table = (run_dir / "train.csv").read_text().splitlines()
     assert [line.partition(",")[0] for line in table] == ["step", "1", "2", "3"]
@@ -284,8 +281,8 @@ def test_R15_where_there_were_checkpoints_and_none_is_sound_it_refuses(
     log = (toy.parent / "runs/toy/metrics.jsonl").read_text()
     capsys.readouterr()
     assert main([str(toy), "--resume", "auto"]) == 2
-    told = "its only checkpoint does not verify" if lost == "manifests" else "holds no checkpoint"
-    assert told in capsys.readouterr().err
+    told = r"manifest\.json" if lost == "manifests" else "no checkpoint"
+    assert re.search(rf"runs/toy\S*: .*{told}", capsys.readouterr().err)
     assert (toy.parent / "runs/toy/metrics.jsonl").read_text() == log
     assert [p.name for p in (toy.parent / "runs").iterdir()] == ["toy"]
 
@@ -311,11 +308,14 @@ def test_of_several_folders_the_last_that_was_saved_is_meant(
 
 def test_the_summary_of_a_resumed_run_counts_its_own_steps(toy: Path, capsys: Capture) -> None:
     assert main([str(toy), "--stop-at-step", "4"]) == 75
-    assert "over 4 steps" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert re.search(r"tokens/s .*\b4 steps\b", shown)
+    in_all = r"  time .*\(.* steps\)"
+    assert not re.search(in_all, shown)
     assert main([str(toy), "--resume", "auto"]) == 0
     shown = capsys.readouterr().out
-    assert "over 8 steps" in shown
-    assert "with what came before" in shown
+    assert re.search(r"tokens/s .*\b8 steps\b", shown)
+    assert re.search(in_all, shown)
 
 
 # ---- --verify-resume -----------------------------------------------------------------------------
@@ -327,7 +327,7 @@ def test_verify_resume_proves_it_and_leaves_nothing(
 ) -> None:
     assert main([str(toy), "model.dropout=0.1", *changes, "--verify-resume", "5"]) == 0
     shown = capfd.readouterr().out
-    assert "resuming is exact: 5 losses" in shown
+    assert re.search(r"\bexact\b.*\b5 losses\b", shown)
     assert not (toy.parent / "runs").exists()
 
 
@@ -343,11 +343,11 @@ def test_verify_resume_tells_the_first_difference(
     monkeypatch.setattr(verify_resume, "_train", trained_here)
     short = [str(toy), "train.steps=none", "train.tokens=192", "--verify-resume", "8"]
     assert main(short) == 2
-    assert "the run's own end comes first" in capfd.readouterr().err
+    assert re.search(r"--verify-resume 8: .*step-00000003\b", capfd.readouterr().err)
     assert not (toy.parent / "runs").exists()
     assert main([str(toy), "--verify-resume", "4"]) == 1
     shown = capfd.readouterr().out
-    assert "RESUMING IS NOT EXACT: first difference: loss of step 4: 0x1." in shown
+    assert re.search(r"NOT EXACT\b.*\bloss\b.*\bstep 4: 0x1\.", shown)
     (kept,) = (toy.parent / "runs").iterdir()
     assert str(kept.relative_to(toy.parent)) in shown
     one, two = kept / "one", kept / "two"
@@ -363,16 +363,16 @@ def test_verify_resume_tells_the_first_difference(
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--verify-resume", "1"], "at least 2"),
-        (["--verify-resume", "13"], "the run has 12 steps"),
-        (["train.steps=none", "train.hours=1", "--verify-resume", "4"], "train.hours"),
+        (["--verify-resume", "1"], r"--verify-resume 1: .*\b2 steps\b"),
+        (["--verify-resume", "13"], r"--verify-resume 13: .*\b12 steps\b"),
+        (["train.steps=none", "train.hours=1", "--verify-resume", "4"], r"train\.hours"),
     ],
 )
 def test_verify_resume_refuses_what_it_cannot_do(
     toy: Path, arguments: list[str], expected: str, capfd: Capture
 ) -> None:
     assert main([str(toy), *arguments]) == 2
-    assert expected in capfd.readouterr().err
+    assert re.search(expected, capfd.readouterr().err)
     assert not (toy.parent / "runs").exists()
 
 
@@ -389,7 +389,7 @@ def test_a_deterministic_run_says_so_to_torch_before_cuda_starts(
     monkeypatch.setattr(session, "resolve_device", resolve_device)
     assert main([str(toy)]) == main([str(toy), "run.deterministic=true"]) == 2
     assert seen == [(False, None), (True, ":4096:8")]
-    with pytest.raises(UserError, match=r"speed of the moment; use run\.compile=auto"):
+    with pytest.raises(UserError, match=r"run\.deterministic.*run\.compile=auto"):
         load_config(toy, ["run.deterministic=true", "run.compile=max-autotune"])
 
 
@@ -405,7 +405,7 @@ def test_verify_resume_is_of_one_process(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main([str(toy), "--verify-resume", "4"]) == 2
-    assert "one of 2 processes; start it without torchrun" in capfd.readouterr().err
+    assert re.search(r"--verify-resume .*\b2 processes\b.*torchrun", capfd.readouterr().err)
     assert not (toy.parent / "runs").exists()
 
 
@@ -420,19 +420,22 @@ def test_R1_what_changes_the_bits_of_a_run_is_told() -> None:
     assert made_otherwise({**state, "threads": None, "run.compile": "off"}, now, exact=True) is None
     told = made_otherwise({"torch": "2.0", "threads": 99, "run.compile": "c++"}, now, exact=False)
     assert told is not None
-    assert "made otherwise: torch 2.0 → 2.13; run.compile c++ → off; threads 99 → 1: " in told
+    assert "torch 2.0 → 2.13; run.compile c++ → off; threads 99 → 1" in told
+    assert told.count("→") == 3
     told = made_otherwise(state, now, exact=False)  # as on a GPU
     assert told is not None
-    assert "run.deterministic=true makes it exact" in told
+    assert "run.deterministic=true" in told
     before = {"provenance": {"commit": "a" * 40, "uncommitted_changes": False}}
     told = made_otherwise(before, now, exact=True)
     assert told is not None
-    assert f"commit {'a' * 12}… → {'b' * 12}…; uncommitted_changes False → True: " in told
+    assert f"commit {'a' * 12}… → {'b' * 12}…; uncommitted_changes False → True" in told
+    assert told.count("→") == 2
 
 
 def test_R24_a_checkpoint_that_holds_no_run_is_named_as_such(tmp_path: Path) -> None:
     source = checkpoint.parse(save(tmp_path, 1))
-    with pytest.raises(UserError, match=r"no run to go on with.*model\.init_from="):
+    path = re.escape(str(source.path))
+    with pytest.raises(UserError, match=rf"{path} .*model\.init_from={path}"):
         check_resumable(source, source.config, {}, (), 4)
 
 
@@ -440,7 +443,7 @@ def test_R24_a_batch_that_another_number_of_ranks_would_change_is_refused(stoppe
     source = checkpoint.parse(checkpoint.resolve(stopped / "runs/a"))
     config, data = source.config, source.state["data"]
     assert check_resumable(source, config, data, (), 4) == []
-    with pytest.raises(UserError, match=r"train.tokens_per_step: a step took 4 samples.* 8"):
+    with pytest.raises(UserError, match=r"train\.tokens_per_step: .*\b4 samples\b.* 8\b"):
         check_resumable(source, config, data, (), 8)
     [change] = check_resumable(source, config, data, ("train.tokens_per_step",), 8)
     assert (change["key"], change["old"], change["new"]) == ("train.tokens_per_step", "4", "8")

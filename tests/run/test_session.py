@@ -3,6 +3,7 @@
 import errno
 import gc
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -51,9 +52,8 @@ def test_R12_training_goes_on_past_a_full_disk_and_older_checkpoints_stay(
 
     with Faults(run_dir, before=full):
         assert main([str(toy), *saves, "run.name=a"]) == 0
-    shown = capsys.readouterr().out
-    assert shown.count("(training goes on)") == 2
-    assert "free some space" in shown
+    warned = re.findall(r"warning: .*?/step-(\d+) .*\bfree\b.*\bspace\b", capsys.readouterr().out)
+    assert warned == ["00000004", "00000006"]
     assert seen[0] == [".tmp-step-00000008", "step-00000002"]
     assert [p.name for p in (run_dir / "checkpoints").glob("*step*")] == ["step-00000010"]
     assert verify_resume.first_difference(toy.parent / "runs/whole", run_dir)[0] is None
@@ -73,8 +73,8 @@ def test_R12_five_failed_saves_in_a_row_end_the_run(
         saves = ["checkpoint.every_steps=1", f"checkpoint.asynchronous={asynchronous}"]
         assert main([str(toy), "run.name=a", *saves]) == 1
     out, err = capsys.readouterr()
-    assert out.count("(training goes on)") == 4
-    assert "step-00000007 was not saved" in out
+    warned = re.findall(r"warning: .*?/step-0000000(\d) ", out)
+    assert warned == ["3", "4", "5", "6", "7"]
     assert rows(run_dir)[-1]["step"] == last  # of 12: the fifth save that fails is step 7's
     assert "Traceback" not in out + err
     assert checkpoint.resolve(run_dir).name == "step-00000002"
@@ -128,7 +128,7 @@ def test_R12_the_disk_is_checked_for_the_size_that_checkpoints_have(
     run_dir = path.parents[1]
     free = os.statvfs(run_dir)
     check_disk(run_dir, free.f_bavail * free.f_frsize // 8, keep_last=4)
-    with pytest.raises(UserError, match=r"6 of .* GiB may lie there"):
+    with pytest.raises(UserError, match=r"\b6 of .* GiB\b.*checkpoint\.keep_last"):
         check_disk(run_dir, free.f_bavail * free.f_frsize // 5, keep_last=4)
 
 
@@ -155,7 +155,7 @@ def test_R13_the_lock_dies_with_its_process_though_a_child_lives(tmp_path: Path)
     assert holder.stdout is not None
     child = int(holder.stdout.readline())
     try:
-        with pytest.raises(UserError, match="in use by another trainer"):
+        with pytest.raises(UserError, match=r"\bin use\b.*run\.name"):
             lock_run_dir(tmp_path).__enter__()
         holder.kill()
         holder.wait()
@@ -198,7 +198,7 @@ def test_a_data_error_on_the_way_is_a_failure_and_not_bad_input(
     assert "Traceback" not in out + err
     path = checkpoint.resolve(toy.parent / "runs/toy")
     assert path.name == "step-00000005", "the steps before it are kept"
-    assert "saved: runs/toy/checkpoints/step-00000005" in out
+    assert re.search("saved.*runs/toy/checkpoints/step-00000005", out)
     assert threads() <= before
 
 

@@ -5,6 +5,7 @@ import contextlib
 import http.server
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -165,7 +166,8 @@ def test_R36_compiled_code_is_not_kept_where_others_can_write(
     writable(tmp_path / "shared")
     keep_compiled(tmp_path / "shared")
     assert Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]).is_relative_to(tmp_path / "home")
-    assert "other users can write it" in capsys.readouterr().err
+    warned = rf"warning: {tmp_path}/shared\S*: .*{tmp_path}/home/.*data\.cache_dir"
+    assert re.search(warned, capsys.readouterr().err)
 
 
 def test_R36_a_damaged_default_text_is_made_again(
@@ -254,7 +256,7 @@ def test_R36_a_folder_of_a_run_that_is_a_link_is_refused(
     (run / name).symlink_to(victim)
     before = sorted(victim.rglob("*"))
     assert main(["--resume", str(run), "--stop-at-step=4"]) == 2
-    assert "is a symbolic link" in capsys.readouterr().err
+    assert re.search(rf"\b{name}: .*symbolic link", capsys.readouterr().err)
     assert sorted(victim.rglob("*")) == before
 
 
@@ -283,9 +285,9 @@ def test_R36_a_huge_file_in_a_run_folder_fills_no_memory(tmp_path: Path) -> None
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": 1.0}\n')
     os.truncate(path, 6 << 30)
-    with pytest.raises(UserError, match="credible"):
+    with pytest.raises(UserError, match=rf"metrics\.jsonl: {6 << 30} bytes"):
         report.read_run(tmp_path)
-    with pytest.raises(UserError, match="credible"):
+    with pytest.raises(UserError, match=rf"metrics\.jsonl: {6 << 30} bytes.*\b{1 << 20}\b"):
         read_regular(path, 1 << 20)
     os.truncate(path, 64 << 20)
     JsonlLogger(path).drop_after(5)
@@ -297,7 +299,7 @@ def test_R36_a_log_is_written_to_the_null_device_and_to_no_other(tmp_path: Path)
     log.write("gone\n")
     log.close()
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(UserError, match="not a file"):
+    with pytest.raises(UserError, match=r"/pipe: .*\bnot a\b.*\bfile\b"):
         open_own(tmp_path / "pipe", os.O_WRONLY)
     table = CsvLogger(tmp_path)
     table.write("train", {"step": 1, "loss": 2.0})
@@ -371,13 +373,13 @@ def test_R36_a_mirror_that_is_the_run_folder_by_another_name_is_refused(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (run.parent.parent / "alias").symlink_to(run.parent)
-    with pytest.raises(UserError, match="name another disk"):
+    with pytest.raises(UserError, match=r"checkpoint\.mirror = \S+/alias: .*run\.out_dir"):
         mirror_of(run.parent.parent, "alias")
     # As by another mount of a network's disk, of which device and inode tell nothing
     monkeypatch.setattr("fasttrain.checkpoint.mirror._is_same", lambda *_: False)
     monkeypatch.setattr("fasttrain.checkpoint.mirror.refuse_links", lambda *_: None)
     before = sorted(run.rglob("*"))
-    with pytest.raises(UserError, match="is the run folder itself"):
+    with pytest.raises(UserError, match=r"/alias/\S+ .*\brun folder\b"):
         mirror_of(run.parent.parent, "alias")._copy_new()
     assert sorted(run.rglob("*")) == before
 
@@ -434,7 +436,7 @@ def test_R36_a_server_chooses_no_name_outside_of_the_cache(tmp_path: Path) -> No
 
 
 def test_R36_an_address_runs_no_template() -> None:
-    with pytest.raises(DataError, match="not followed"):
+    with pytest.raises(DataError, match=r"reference::http://h/x\.json: .*\bfollow"):
         file_system("reference::http://h/x.json")
 
 
@@ -460,7 +462,7 @@ def test_R12_R36_a_sink_that_fails_is_closed_with_one_warning(
     sinks.drop_after(2)
     sinks.close()
     said = capsys.readouterr().err
-    assert said.count("warning: log.broken gets no more rows") == 1
+    assert said.count("warning: log.broken ") == 1
     assert closed == [1]
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
     assert len((tmp_path / "train.csv").read_text().splitlines()) == 3
@@ -527,10 +529,11 @@ def test_R36_a_pipe_in_a_mirror_hangs_nothing(
     status = main([*command, "--stop-at-step=4"])
     assert status == (2 if name == "run.json" else 75)
     if status == 2:
-        assert f"{path.name}: not a file; remove it" in capsys.readouterr().err
+        told = rf"/{re.escape(path.name)}: .*\bnot a\b.*\bfile\b"
+        assert re.search(told, capsys.readouterr().err)
 
 
 def test_R36_a_pipe_at_the_address_of_a_dataset_hangs_nothing(tmp_path: Path) -> None:
     pipe(tmp_path / "data/dataset.json")
-    with pytest.raises(DataError, match=r"dataset\.json: not a file"):
+    with pytest.raises(DataError, match=r"dataset\.json: .*\bnot a\b.*\bfile\b"):
         fetch_description(f"file://{tmp_path}/data", tmp_path / "cache")

@@ -5,6 +5,7 @@ signals, kills and exit statuses are seen from outside.
 """
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -95,7 +96,7 @@ def test_a_second_run_never_touches_the_first(toy: Path, train: Train) -> None:
     assert (toy.parent / "runs/toy-2/checkpoints/latest").exists()
     assert (toy.parent / "runs/toy/metrics.jsonl").read_bytes() == before
     refused = train(toy, "run.name=toy", check=2)
-    assert "runs/toy exists already; continue it with --resume auto" in refused.err
+    assert re.search(r"runs/toy .*--resume auto\b.*run\.name", refused.err)
     assert (toy.parent / "runs/toy/metrics.jsonl").read_bytes() == before
 
 
@@ -142,7 +143,7 @@ def test_R10_R13_a_run_refuses_a_second_trainer_and_ends_by_a_signal_with_a_chec
     log = run_dir / "metrics.jsonl"
     wait_until(lambda: log.exists() and b'"step": 20,' in log.read_bytes())
     refused = train(toy, "train.steps=1000000", "--resume", str(run_dir), check=2)
-    assert "in use by another trainer" in refused.err
+    assert re.search(r"runs/toy .*\bin use\b.*run\.name", refused.err)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 75, out + err
@@ -241,7 +242,7 @@ def test_a_run_is_resumed_with_the_config_that_it_holds(
     )
     assert hashes(whole) == hashes(parts)
     assert main(["--resume", "nowhere"]) == 2
-    assert "error: --resume nowhere: not a run or checkpoint folder" in capsys.readouterr().err
+    assert re.search(r"error: --resume nowhere: .*checkpoint", capsys.readouterr().err)
 
 
 def test_too_little_memory_is_one_message_with_the_remedy(
@@ -252,8 +253,8 @@ def test_too_little_memory_is_one_message_with_the_remedy(
 
     monkeypatch.setattr("fasttrain.engine.step.TrainStep.__call__", full)
     err = train(toy, check=1).err
-    assert "error: CUDA out of memory. Tried to allocate 2.00 GiB.\nlower train.micro_batch" in err
-    assert "train.activation_checkpointing=full" in err
+    told = r"error: CUDA out of memory\. Tried to allocate 2\.00 GiB\.\n.*train\.micro_batch"
+    assert re.search(rf"{told}.*train\.activation_checkpointing=full", err)
     assert "Traceback" not in err
 
 
@@ -264,7 +265,7 @@ def test_an_interruption_before_the_first_step_leaves_nothing(
         raise KeyboardInterrupt
 
     monkeypatch.setattr("fasttrain.run.run.open_splits", interrupted)
-    assert "nothing to resume" in train(toy, check=130).err
+    assert re.search("interrupted.*nothing", train(toy, check=130).err)
     assert not list((toy.parent / "runs").iterdir())
 
 
@@ -306,10 +307,11 @@ def test_R10_a_signal_before_or_during_the_imports_ends_at_once(
     (toy.parent / "runs/toy/checkpoints").mkdir(parents=True)
     by_signal, saved = 128 + number, 75
     assert statuses(importing) == [by_signal, by_signal, saved]
-    assert "nothing to resume\n" in capsys.readouterr().err
+    new, auto, named = capsys.readouterr().err.splitlines()
+    assert new == auto != named
     (toy.parent / "runs/toy/checkpoints/step-00000002").mkdir()
     assert statuses(importing) == [by_signal, saved, saved]
-    assert "resume as before\n" in capsys.readouterr().err
+    assert capsys.readouterr().err.splitlines() == [new, named, named]
     assert statuses((sys.modules["fasttrain.train"], "load_config", before))[-1] == saved
 
 
@@ -328,7 +330,7 @@ def test_R10_a_process_that_is_stopped_while_it_imports(toy: Path) -> None:
         process.send_signal(number)
         out, err = process.communicate(timeout=300)
         assert process.returncode == 75, out + err
-        assert err == "interrupted before the first step; resume as before\n"
+        assert re.fullmatch("interrupted.*resume.*\n", err)
     assert not (toy.parent / "runs/toy/train.log").exists()
 
 
@@ -336,18 +338,15 @@ def test_a_command_line_of_another_kind_is_told_how_it_is_written(
     toy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for arguments, remedy in (
-        ([], "name a config, such as"),
-        (["--resume", "auto"], "name a config, such as"),
-        (["train.steps=3"], "name a config, such as"),
-        ([str(toy), "--optim.lr=1"], "config keys have no dashes: optim.lr=VALUE"),
-        (
-            [str(toy), "--steps", "100"],
-            "--steps 100; config keys have no dashes: train.steps=",
-        ),
+        ([], r"configs/base\.toml"),
+        (["--resume", "auto"], r"configs/base\.toml"),
+        (["train.steps=3"], r"configs/base\.toml"),
+        ([str(toy), "--optim.lr=1"], r"--optim\.lr=1\b.* optim\.lr=VALUE"),
+        ([str(toy), "--steps", "100"], r"--steps 100\b.* train\.steps="),
     ):
         with pytest.raises(SystemExit):
             main(arguments)
-        assert remedy in capsys.readouterr().err
+        assert re.search(f"error: .*{remedy}", capsys.readouterr().err)
 
 
 def test_help_lists_every_key_without_importing_torch() -> None:
