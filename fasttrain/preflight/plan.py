@@ -26,7 +26,7 @@ from fasttrain.model.transformer import Transformer
 from fasttrain.printing import say
 from fasttrain.resolve import apply, apply_numerics, resolve, step_shape
 from fasttrain.run.ending import describe
-from fasttrain.run.run import data_paths, open_splits
+from fasttrain.run.setup import data_paths, open_splits
 
 CPU_FLOPS = 1e13  # of a step: minutes on a CPU, which nobody waits for
 FP32 = 4

@@ -24,7 +24,7 @@ from fasttrain.config import (
     config_from_dict,
     config_to_toml,
 )
-from fasttrain.run import run as session
+from fasttrain.run import setup as session
 from fasttrain.train import main
 from tests.support.toy import module_of, write_config
 

@@ -18,7 +18,7 @@ from fasttrain.data import files
 from fasttrain.data.files import DataError
 from fasttrain.data.loader import Loader
 from fasttrain.log.sinks import LogFile
-from fasttrain.run import run as session
+from fasttrain.run import setup as session
 from fasttrain.run.folder import check_disk, lock_run_dir
 from fasttrain.train import main
 from tests.support.faults import Faults

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fasttrain.checkpoint import load, resolve
-from fasttrain.run import run as session
+from fasttrain.run import setup as session
 from fasttrain.run import signals
 from fasttrain.train import main
 from tests.support.toy import ENV, ROOT, start, wait_until, write_config

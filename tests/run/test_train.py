@@ -264,7 +264,7 @@ def test_an_interruption_before_the_first_step_leaves_nothing(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fasttrain.run.run.open_splits", interrupted)
+    monkeypatch.setattr("fasttrain.run.setup.open_splits", interrupted)
     assert re.search("interrupted.*nothing", train(toy, check=130).err)
     assert not list((toy.parent / "runs").iterdir())
 

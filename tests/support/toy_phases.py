@@ -22,7 +22,7 @@ from fasttrain.checkpoint import load, resolve
 from fasttrain.engine.step import TrainStep
 from fasttrain.engine.trainer import Trainer
 from fasttrain.run import ending
-from fasttrain.run import run as session
+from fasttrain.run import setup as session
 from fasttrain.train import main
 from tests.support.faults import Faults
 from tests.support.toy import set_imports_aside

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from fasttrain.engine.step import TrainStep
 from fasttrain.engine.trainer import Trainer
 from fasttrain.run import ending
-from fasttrain.run import run as session
+from fasttrain.run import setup as session
 from fasttrain.train import leave, main
 
 

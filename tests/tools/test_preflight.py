@@ -24,7 +24,7 @@ from fasttrain.preflight import plan as preflight_plan
 from fasttrain.preflight.__main__ import main
 from fasttrain.preflight.plan import diagnose_run, preflight, warnings_of
 from fasttrain.run.ending import describe
-from fasttrain.run.run import open_splits
+from fasttrain.run.setup import open_splits
 from fasttrain.train import main as train_main
 from tests.support.toy import start, write_config
 
