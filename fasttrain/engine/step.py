@@ -14,7 +14,7 @@ Legend: B micro-batch rows, T sequence, D dim, V vocabulary.
 """
 
 import gc
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -28,9 +28,11 @@ from torch.func import functional_call
 
 from fasttrain.config import TrainConfig, UserError
 from fasttrain.data.loader import IGNORE_INDEX, Batch
-from fasttrain.distributed.sharding import cut, replicate, set_gradient_sync, time_collectives
+from fasttrain.distributed.sharding import replicate, set_gradient_sync, time_collectives
 from fasttrain.distributed.world import checksum
-from fasttrain.engine.optim import parameters_by_name, parameters_of, set_lr
+from fasttrain.engine.ema import Ema
+from fasttrain.engine.optim import parameters_of, set_lr
+from fasttrain.engine.spikes import SpikeWindow
 from fasttrain.engine.state import restore_rng, rng_state
 from fasttrain.log.timing import StepClock
 from fasttrain.model.runtime import compile_function, multiply_in_fp8, prepare_blocks
@@ -41,7 +43,6 @@ from fasttrain.resolve import Resolved
 # smaller scale may still hold. TRANSIENT: a re-run disagreed once, then agreed. PERSISTENT: no two
 # runs agreed. EMPTY: no target counted, so that there is nothing to learn.
 FINE, OVERFLOW, NONFINITE, SPIKE, TRANSIENT, PERSISTENT, EMPTY = range(7)
-LEAST_DEVIATION = 0.01  # of a spike window, as a part of its mean
 
 # model, tokens, targets, doc_starts, scale → summed loss times scale, a scalar on the device; of
 # other batches: model, batch, scale
@@ -76,147 +77,6 @@ def default_criterion(config: TrainConfig, *, scaled: bool = False) -> Criterion
     """Return the criterion of our Transformer, as the config says; its gradient may be scaled."""
     options: Any = {"label_smoothing": config.train.label_smoothing, "z_loss": config.train.z_loss}
     return partial(summed_loss, unit_gradient=not scaled, **options)
-
-
-class SpikeWindow:
-    """Judges whether a step is far above the W = ``n_steps`` before it; never waits for the device.
-
-    A step is a spike where its loss or its gradient norm lies more than ``sigmas`` standard
-    deviations above the mean of the window. Three things keep the window honest. What is not finite
-    never enters it. A spike enters as the limit that it passed, so that one of 10⁶ does not hide
-    the next, and a level that rose for good is accepted after a while. And the deviation counts as
-    at least `LEAST_DEVIATION` of the mean, so that a loss that hardly varies is no row of spikes.
-    Nothing is a spike before half of the window is filled.
-    """
-
-    def __init__(self, n_steps: int, sigmas: float, device: torch.device) -> None:
-        self.sigmas = sigmas
-        self.slots = torch.arange(n_steps, device=device)
-        # A ring of losses (row 0) and gradient norms (row 1); zero where not yet filled
-        self.values = torch.zeros(2, n_steps, dtype=torch.float32, device=device)
-        self.count = torch.zeros((), dtype=torch.int64, device=device)  # steps that have entered
-
-    def judge(self, loss: Tensor, norm: Tensor, counts: Tensor) -> Tensor:
-        """Return whether this step is a spike, and take it into the window if it ``counts``.
-
-        A step counts if it is finite and has targets. All are scalars on the device.
-        """
-        size = len(self.slots)
-        filled = self.slots < self.count
-        n = self.count.clamp(1, size)
-        mean = self.values.sum(1, keepdim=True) / n  # (2, 1)
-        deviation = (((self.values - mean) * filled).square().sum(1, keepdim=True) / n).sqrt()
-        limit = mean + self.sigmas * torch.maximum(deviation, LEAST_DEVIATION * mean.abs())
-        step = torch.stack([loss, norm])[:, None]
-        above = (step > limit) & counts & (2 * self.count >= size)
-        enters = torch.where(above, limit, step)
-        # In place, as all that a checkpoint holds: what hangs on the device must not have moved it.
-        here = (self.slots == self.count % size) & counts
-        self.values.copy_(torch.where(here, enters, self.values))
-        self.count += counts
-        return above.any()
-
-
-class Ema:
-    """Averages a model's parameters p over steps: average ← decay · average + (1 - decay) · p.
-
-    The average of a parameter begins at its value when it is first seen to train, and is evaluated
-    in its place. ``decay`` is in (0, 1); None: there is no average, and every method does nothing.
-
-    Numerics: averages are fp32, of fp64 parameters fp64. In bf16, with three digits, most updates
-        would be rounded away.
-    Memory: one copy of the parameters, and another while the average is in use. Source: Polyak &
-    Juditsky 1992; with exponential weights, as in Morales-Brotons et al. 2024 (arXiv:2411.18704).
-    """
-
-    def __init__(self, model: nn.Module, decay: float | None) -> None:
-        self.decay = decay
-        self._model = model
-        self._sources: dict[str, Tensor] = {}
-        self.averages: dict[str, Tensor] = {}  # spread over the ranks as the parameters are
-        self._held: dict[str, Tensor] = {}  # the parameters, while the average is in use
-        self.follow([p for p in model.parameters() if p.requires_grad])
-
-    def follow(self, parameters: Iterable[Tensor]) -> None:
-        """Begin an average of each of the model's parameters here that has none."""
-        if self.decay is None:
-            return
-        followed = {id(p) for p in self._sources.values()}
-        new = {id(p) for p in parameters} - followed
-        if not new:
-            return
-        for name, p in parameters_by_name(self._model).items():
-            if id(p) in new:
-                self._sources[name] = p
-                self.averages[name] = p.detach().to(_wide(p.dtype), copy=True)
-
-    @torch.no_grad()
-    def update(self, skipped: Tensor) -> None:
-        """Take the parameters of the step just done into the average; never waits for the device.
-
-        ``skipped``: a scalar on the device, 1 where no step was made and the average stays, else 0.
-        """
-        if self.decay is None:
-            return
-        weight = (1.0 - self.decay) * (1.0 - skipped)
-        averages = [local_tensor(average) for average in self.averages.values()]
-        parameters = [p.to(_wide(p.dtype)) for p in map(local_tensor, self._sources.values())]
-        weights = [weight.to(average.dtype) for average in averages]
-        torch._foreach_lerp_(averages, parameters, weights)
-
-    @contextmanager
-    def in_use(self) -> Iterator[None]:
-        """Let the model compute with the average; afterwards it has its parameters back.
-
-        They are copied in place: compiled graphs know them by their addresses.
-        """
-        if self.decay is None or self._held:
-            yield
-            return
-        self._held = {name: p.detach().clone() for name, p in self._sources.items()}
-        self._assign(self.averages)
-        try:
-            yield
-        finally:
-            self._assign(self._held)
-            self._held = {}
-
-    @torch.no_grad()
-    def _assign(self, values: Mapping[str, Tensor]) -> None:
-        own = [local_tensor(p) for p in self._sources.values()]
-        torch._foreach_copy_(own, [local_tensor(values[name]) for name in self._sources])
-
-    def groups(self, model_state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-        """Return the groups ``model`` and, with an average, ``ema`` for a checkpoint, not copied.
-
-        ``model_state`` is `state_by_name` of the model: the average, while that is in use.
-        """
-        groups = {"model": {**model_state, **self._held}}
-        return groups if self.decay is None else groups | {"ema": self.averages}
-
-    def check(self, saved: Mapping[str, Tensor]) -> None:
-        """Raise UserError unless ``saved`` is an average of this model, or empty."""
-        if self.decay is None:
-            return
-        shapes = {name: p.shape for name, p in parameters_by_name(self._model).items()}
-        if any(shapes.get(name) != tensor.shape for name, tensor in saved.items()):
-            raise UserError("the checkpoint's average is of another model; unset train.ema_decay")
-
-    def load(self, saved: Mapping[str, Tensor]) -> None:
-        """Restore the average; what the saved one lacks begins at the present parameters."""
-        if self.decay is None:
-            return
-        self.check(saved)
-        named = parameters_by_name(self._model)
-        self.follow([named[name] for name in saved])
-        with torch.no_grad():
-            for name, average in self.averages.items():
-                average.copy_(cut(saved[name], average) if name in saved else self._sources[name])
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which parameters of ``dtype`` are averaged."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _scale_gradients(optimizer: torch.optim.Optimizer, scale: Tensor) -> None:

@@ -28,7 +28,7 @@ from fasttrain.model.transformer import Transformer
 from fasttrain.engine.optim import build_optimizers
 from fasttrain.distributed.sharding import make_sharded, set_gradient_sync
 from fasttrain.engine.saving import collect, restore
-from fasttrain.engine.step import Ema
+from fasttrain.engine.ema import Ema
 from tests.support.toy_checkpoints import world_of
 
 torch.set_num_threads(1)

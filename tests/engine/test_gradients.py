@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fasttrain.config import config_from_dict
 from fasttrain.data.loader import Batch
 from fasttrain.distributed.world import World
-from fasttrain.engine import step as step_module
+from fasttrain.engine.ema import Ema
 from fasttrain.engine.step import EMPTY, FINE, TrainStep
 from fasttrain.resolve import resolve, resolve_custom
 from tests.engine.test_step import (
@@ -338,7 +338,7 @@ def test_a_step_has_the_same_bits_in_any_default_dtype(default: torch.dtype) -> 
 
 def test_the_average_of_bf16_parameters_is_kept_in_fp32_and_moves() -> None:
     model = nn.Linear(8, 8, dtype=torch.bfloat16)
-    average = step_module.Ema(model, 0.999)
+    average = Ema(model, 0.999)
     start = model.weight.detach().float()
     expected = start.clone()
     for _ in range(50):
@@ -356,7 +356,7 @@ def test_the_average_of_bf16_parameters_is_kept_in_fp32_and_moves() -> None:
 
 def test_an_average_that_an_older_checkpoint_kept_in_bf16_is_taken_over() -> None:
     model = nn.Linear(4, 4, dtype=torch.bfloat16)
-    average = step_module.Ema(model, 0.9)
+    average = Ema(model, 0.9)
     saved = {name: torch.full_like(p, 0.5) for name, p in model.state_dict().items()}
     average.load(saved)
     assert {t.dtype for t in average.averages.values()} == {torch.float32}

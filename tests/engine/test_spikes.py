@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fasttrain.engine.step import LEAST_DEVIATION, SpikeWindow
+from fasttrain.engine.spikes import LEAST_DEVIATION, SpikeWindow
 
 CPU = torch.device("cpu")
 
