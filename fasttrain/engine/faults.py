@@ -81,15 +81,48 @@ class Recovery:
         self.unseen: list[int] = []  # the first sample of each step whose verdict is not here yet
         self._alike_at = 0  # the last step at which the ranks' copies of the parameters were
 
-    def look(self, loader: Loader, rng: Tensors | None = None) -> list[StepNumbers] | None:
-        """Bring the numbers of the steps since the last look to the host, and act on them.
+    def look(self, loader: Loader) -> list[StepNumbers] | None:
+        """Fetch the numbers of the steps since the last look, judge the steps, and act.
 
-        None: the run went back to a checkpoint. Raises FloatingPointError where it has to stop.
+        Returns:
+            The numbers; None if the run went back to a checkpoint.
 
-        With ``rng``, another thread ends the run in place of the one that trains, and saves it with
-        these random states. Where the run is to go back it saves nothing: from the last checkpoint
-        on the resumed run meets the bad steps again.
+        Raises:
+            FloatingPointError: the run has to stop.
         """
+        steps, decision = self._fetch_and_judge()
+        self._report(decision, loader)  # reads the samples of bad steps, which may take long
+        if decision.action == "go on":
+            return steps
+        if decision.action == "roll back" and self._go_back(decision.offending):
+            return None
+        raise FloatingPointError(self.reason(decision, loader))
+
+    def look_and_save(self, loader: Loader, rng: Tensors) -> None:
+        """Fetch and judge in a thread that ends the run in place of the one that trains; save.
+
+        If the run is to go back, nothing is saved: the resumed run goes on from the last checkpoint
+        and meets the bad steps again.
+
+        Args:
+            loader: of the training split, to write down the samples of bad steps.
+            rng: the random states to save, at the beginning of what was being computed.
+
+        Raises:
+            FloatingPointError: the run had to stop.
+        """
+        _, decision = self._fetch_and_judge()
+        if decision.action == "go on":
+            self.saver.save_now(rng)
+        else:
+            self.saver.close()  # what is being saved is from before the bad steps
+        self._report(decision, loader)
+        if decision.action == "roll back":
+            self.reporter.console.warn("the steps since the last checkpoint are not saved")
+        elif decision.action == "stop":
+            raise FloatingPointError(self.reason(decision, loader))
+
+    def _fetch_and_judge(self) -> tuple[list[StepNumbers], Decision]:
         with self.guard.opened():
             steps, seconds = self.train_step.numbers(), self.train_step.clock.read()
         names = ("forward_backward", "optimizer", "communication")
@@ -97,28 +130,22 @@ class Recovery:
             self.state.account.add(name, spent_s)
         decision = self.judge(self.state.step - len(self.unseen) + 1, self.unseen, steps)
         self.unseen.clear()
-        # What they mean for this run
-        if rng is not None and decision.action == "go on":
-            self.saver.save_now(rng)
-        elif rng is not None:
-            self.saver.close()  # what is being saved is from before the bad steps
-        self._report(decision, loader)  # reads their samples, which may take long
-        if decision.action == "go on":
-            return steps
-        if decision.action == "roll back" and rng is not None:
-            self.reporter.console.warn("the steps since the last checkpoint are not saved")
-            return None
-        first = decision.offending[0].step
-        if decision.action == "roll back" and (checkpoint := self.saver.go_back(before=first)):
-            self.state.faults.rolled_back(decision.offending)
-            self._alike_at = self.state.step  # all have read the same files
-            blamed = counted(sum(not f.of_machine for f in decision.offending), "step")
-            self.reporter.console.warn(
-                f"back at step {self.state.step}, as {checkpoint.path} holds it; training goes on "
-                f"without the samples of {blamed} from step {first} on"
-            )
-            return None
-        raise FloatingPointError(self.reason(decision, loader))
+        return steps, decision
+
+    def _go_back(self, offending: list[Fault]) -> bool:
+        """Load the newest checkpoint from before the offending steps, if there is one."""
+        first = offending[0].step
+        checkpoint = self.saver.go_back(before=first)
+        if checkpoint is None:
+            return False
+        self.state.faults.rolled_back(offending)
+        self._alike_at = self.state.step  # all have read the same files
+        blamed = counted(sum(not fault.of_machine for fault in offending), "step")
+        self.reporter.console.warn(
+            f"back at step {self.state.step}, as {checkpoint.path} holds it; training goes on "
+            f"without the samples of {blamed} from step {first} on"
+        )
+        return True
 
     def judge(self, first_step: int, positions: list[int], steps: list[StepNumbers]) -> Decision:
         """Decide about the steps from ``first_step`` on; ``positions``: their first samples."""

@@ -331,5 +331,5 @@ class Trainer:
                 self.train_step.n_unread -= n_ahead
                 del self.recovery.unseen[len(self.recovery.unseen) - n_ahead :]
                 state.step, state.position, state.tokens = reached
-            self.recovery.look(self.train_loader, self.guard.rng)
+            self.recovery.look_and_save(self.train_loader, self.guard.rng)
         return True

@@ -81,7 +81,7 @@ def train_to_end(trainer: Trainer, folder: RunFolder, started: float) -> int:
         if isinstance(error, DataError):  # no fault of the state
             call_ranks(world)
             try:
-                trainer.recovery.look(trainer.train_loader, trainer.guard.rng)
+                trainer.recovery.look_and_save(trainer.train_loader, trainer.guard.rng)
                 folder.note(f"saved: {checkpoint.resolve(folder.path, which='latest')}")
             except (UserError, FloatingPointError, OSError) as another:
                 folder.warn(str(another))
