@@ -152,47 +152,69 @@ def warnings_of(
     config, train = plan.config, plan.train
     model, seq_len, warmup = config.model, config.data.seq_len, config.schedule.warmup_steps
     assert model.vocab_size is not None
-    cuda, head_dim = device.type == "cuda", model.head_dim or model.dim // model.n_heads
-    window, epochs = model.sliding_window_tokens, plan.epochs or 0.0
+    cuda = device.type == "cuda"
+    head_dim = model.head_dim or model.dim // model.n_heads
+    window = model.sliding_window_tokens
     # What is not known is no reason to warn.
-    share = math.inf if plan.tokens is None else plan.tokens / plan.model.num_matmul_parameters()
-    steps, run = math.inf if plan.steps is None else plan.steps, counted(plan.steps or 0, "step")
-    mean = math.inf if train is None else train.n_tokens / (train.n_documents or 1)
-    every = {s: getattr(config, s).every_steps or 0 for s in ("eval", "checkpoint", "log")}
-    for wrong, said in (
-        (model.vocab_size % 64,
-         f"model.vocab_size = {model.vocab_size} is not a multiple of 64, which slows the head on "
-         f"tensor cores; set {-(-model.vocab_size // 64) * 64}"),
-        (cuda and (model.dim % 64 or head_dim % 8),
-         f"model.dim = {model.dim} and head_dim = {head_dim}: tensor cores and flash attention "
-         "want multiples of 64 and of 8"),
-        (cuda and dtype == "fp32",
-         "run.dtype = fp32 leaves the tensor cores idle; use bf16, fp16 or tf32"),
-        (share < FEW_TOKENS,
-         f"{share:.2g} tokens for each parameter in matrix products, and about {BEST_TOKENS:.0f} "
-         "make the best of the compute: a smaller model will end better, or train for longer"),
-        (epochs > MANY_EPOCHS,
-         f"{epochs:.1f} epochs: beyond {MANY_EPOCHS:.0f} repeated text teaches less and less; add "
-         "text, or watch the validation loss"),
-        (warmup >= steps,
-         f"schedule.warmup_steps = {warmup} is longer than the run of {run}: the peak learning "
-         "rate is never reached; lower it"),
-        (0.2 * steps < warmup < steps,
-         f"schedule.warmup_steps = {warmup} is more than a fifth of the {run}"),
-        *((n > steps, f"{s}.every_steps = {n} is longer than the run of {run}: only at its end")
-          for s, n in every.items()),
-        (config.checkpoint.every_steps is None and (seconds or 0.0) > LONG_RUN_S,
-         "checkpoint.every_steps is unset: a crash loses the whole run; set it to some minutes' "
-         "worth of steps"),
-        (mean < seq_len / 2 and config.data.attention_across_documents,
-         f"data.seq_len = {seq_len} is longer than the documents, {mean:.0f} tokens on average: "
-         "most of what is attended to is another text; shorten it, or set "
-         "data.attention_across_documents=false"),
-        (window is not None and window >= seq_len,
-         f"model.sliding_window_tokens = {window} has no effect below data.seq_len = {seq_len}"),
-    ):  # fmt: skip
-        if wrong:
-            yield said
+    steps = math.inf if plan.steps is None else plan.steps
+    n_steps = counted(plan.steps or 0, "step")
+    tokens_per_parameter = math.inf
+    if plan.tokens is not None:
+        tokens_per_parameter = plan.tokens / plan.model.num_matmul_parameters()
+    mean_document = math.inf
+    if train is not None:
+        mean_document = train.n_tokens / (train.n_documents or 1)
+
+    if model.vocab_size % 64:
+        yield (
+            f"model.vocab_size = {model.vocab_size} is not a multiple of 64, which slows the head "
+            f"on tensor cores; set {-(-model.vocab_size // 64) * 64}"
+        )
+    if cuda and (model.dim % 64 or head_dim % 8):
+        yield (
+            f"model.dim = {model.dim} and head_dim = {head_dim}: tensor cores and flash attention "
+            "want multiples of 64 and of 8"
+        )
+    if cuda and dtype == "fp32":
+        yield "run.dtype = fp32 leaves the tensor cores idle; use bf16, fp16 or tf32"
+    if tokens_per_parameter < FEW_TOKENS:
+        yield (
+            f"{tokens_per_parameter:.2g} tokens for each parameter in matrix products, and about "
+            f"{BEST_TOKENS:.0f} make the best of the compute: a smaller model will end better, or "
+            "train for longer"
+        )
+    if (plan.epochs or 0.0) > MANY_EPOCHS:
+        yield (
+            f"{plan.epochs:.1f} epochs: beyond {MANY_EPOCHS:.0f} repeated text teaches less and "
+            "less; add text, or watch the validation loss"
+        )
+    if warmup >= steps:
+        yield (
+            f"schedule.warmup_steps = {warmup} is longer than the run of {n_steps}: the peak "
+            "learning rate is never reached; lower it"
+        )
+    elif warmup > 0.2 * steps:
+        yield f"schedule.warmup_steps = {warmup} is more than a fifth of the {n_steps}"
+    for section in ("eval", "checkpoint", "log"):
+        every_steps = getattr(config, section).every_steps or 0
+        if every_steps > steps:
+            yield (
+                f"{section}.every_steps = {every_steps} is longer than the run of {n_steps}: only "
+                "at its end"
+            )
+    if config.checkpoint.every_steps is None and (seconds or 0.0) > LONG_RUN_S:
+        yield (
+            "checkpoint.every_steps is unset: a crash loses the whole run; set it to some minutes' "
+            "worth of steps"
+        )
+    if mean_document < seq_len / 2 and config.data.attention_across_documents:
+        yield (
+            f"data.seq_len = {seq_len} is longer than the documents, {mean_document:.0f} tokens on "
+            "average: most of what is attended to is another text; shorten it, or set "
+            "data.attention_across_documents=false"
+        )
+    if window is not None and window >= seq_len:
+        yield f"model.sliding_window_tokens = {window} has no effect below data.seq_len = {seq_len}"
 
 
 def diagnose_run(config: TrainConfig) -> bool:
