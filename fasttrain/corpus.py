@@ -18,7 +18,7 @@ from pathlib import Path
 
 import tokenizers
 
-from fasttrain.data.files import DataError, cache_folder, lock
+from fasttrain.data.files import DataError, cache_folder, clear_place, lock
 from fasttrain.data.format import DATASET_JSON, SPLITS, open_dataset
 from fasttrain.data.prepare.build import prepare
 from fasttrain.data.prepare.inputs import local_file
@@ -69,11 +69,11 @@ def build_default_corpus(
         with ExitStack() as stack:  # one process at a time where the file system has locks
             with suppress(OSError):
                 stack.callback(os.close, lock(parent / LOCK, wait=True))
-                if _is_sound(folder, parent):  # made meanwhile
-                    return folder
-                shutil.rmtree(folder, ignore_errors=True)  # what is left of one
                 for killed in parent.glob(f"{PREFIX}*"):
                     shutil.rmtree(killed, ignore_errors=True)
+            if _is_sound(folder, parent):  # made meanwhile
+                return folder
+            clear_place(folder)  # what is left of one
             building = tempfile.TemporaryDirectory(dir=parent, prefix=PREFIX)
             made = Path(stack.enter_context(building), "dataset")
             prepare(
@@ -88,7 +88,7 @@ def build_default_corpus(
             try:
                 os.rename(made, folder)
             except OSError:  # without locks another process may have been faster
-                if not (folder / DATASET_JSON).is_file():
+                if not _is_sound(folder, parent):
                     raise
     except (OSError, DataError) as error:
         remedy = "free some space or name another folder with data.cache_dir"

@@ -6,6 +6,7 @@ import importlib
 import os
 import re
 import secrets
+import shutil
 import stat
 import sys
 import tempfile
@@ -254,6 +255,14 @@ def parent_folder(run_dir: Path, recorded: str | Path) -> Path:
     named = Path(recorded)
     beside = run_dir.absolute().parent / named.name
     return beside if beside.is_dir() and not named.is_dir() else named
+
+
+def clear_place(path: Path) -> None:
+    """Remove what is at a path in a cache, a file, a link or a folder, so that it is made again."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -159,13 +159,29 @@ def open_dataset(
 def fetch_description(address: str, cache: Path) -> Path:
     """Fetch `dataset.json` and the tokenizer of a dataset at an address; return their folder."""
     folder = store.beneath(cache / "remote", address)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / DATASET_JSON, store.remote(beside(address, DATASET_JSON), "cat_file"))
-    entry = read_dataset_json(folder)["tokenizer"]
-    path = folder / entry["file"]
-    if not path.is_file() or sha256_of(path) != entry["sha256"]:
-        write_atomically(path, store.remote(beside(address, entry["file"]), "cat_file"))
+    content = store.remote(beside(address, DATASET_JSON), "cat_file")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _keep(folder / DATASET_JSON, content)
+        for path in folder.iterdir():  # a dataset may not lead elsewhere, nor may damage here
+            if path.is_symlink():
+                path.unlink()
+        entry = read_dataset_json(folder)["tokenizer"]
+        path = folder / entry["file"]
+        if not path.is_file() or sha256_of(path) != entry["sha256"]:
+            _keep(path, store.remote(beside(address, entry["file"]), "cat_file"))
+    except OSError as error:
+        place = error.filename or folder
+        remedy = "remove it, or set another data.cache_dir"
+        raise DataError(f"{place}: {error.strerror}; {remedy}") from error
     return folder
+
+
+def _keep(path: Path, content: bytes) -> None:
+    """Write a file of the cache, in place of whatever is there."""
+    if path.is_dir():
+        store.clear_place(path)
+    write_atomically(path, content)
 
 
 def _imported_files(folder: Path, split: Split, vocab_size: int | None) -> list[Path]:

@@ -6,6 +6,7 @@ full size from the beginning. Room is made by what this process does not need, t
 then by what it needs last; whatever reads an evicted file has it open, and reads on.
 """
 
+import errno
 import math
 import os
 import re
@@ -18,7 +19,15 @@ from typing import TypeVar
 
 from fasttrain.config.untrusted import open_own
 from fasttrain.data.dataset import HEADER_BYTES, Array, Shard, ShardInfo, dtype_for
-from fasttrain.data.files import RANGE_BYTES, DataError, NoLocks, lock, read_range, shown
+from fasttrain.data.files import (
+    RANGE_BYTES,
+    DataError,
+    NoLocks,
+    clear_place,
+    lock,
+    read_range,
+    shown,
+)
 
 FETCHERS = 8  # threads that fetch ahead, each a file
 ATTEMPTS = 3  # to get the right bytes, and to open a file before another one takes its room
@@ -168,7 +177,10 @@ class RemoteFile:
                     self._fetch(alone=locked)
             except OSError as error:
                 remedy = "free some space, lower data.cache_gib or set another data.cache_dir"
-                raise DataError(f"{folder}: {error.strerror}; {remedy}") from error
+                if error.errno in (errno.EISDIR, errno.ENOTDIR, errno.EEXIST):
+                    remedy = "remove it, or set another data.cache_dir"
+                place = error.filename or folder
+                raise DataError(f"{place}: {error.strerror}; {remedy}") from error
         return use()
 
     def _fetch(self, *, alone: bool) -> None:
@@ -185,6 +197,8 @@ class RemoteFile:
                     out.write(read_range(self.address, start, end, self.n_bytes))
                     self.cache.progress += 1
             with _held(full):  # held to count files
+                if self.path.is_dir():
+                    clear_place(self.path)
                 os.replace(part, self.path)
         finally:
             with _held(full):

@@ -9,7 +9,9 @@ was making them was killed. Torch makes again what is missing.
 
 import atexit
 import json
+import math
 import os
+import secrets
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -23,9 +25,16 @@ from fasttrain_kernels.cpu._cache import UnsafeFolderError, private_folder
 from fasttrain.command import tell
 from fasttrain.config import UserError, counted, misfit
 from fasttrain.config.untrusted import open_own, read_json
-from fasttrain.data.files import DataError, cache_folder, lock, sha256_of, write_atomically
+from fasttrain.data.files import (
+    DataError,
+    cache_folder,
+    clear_place,
+    lock,
+    sha256_of,
+    write_atomically,
+)
 
-CHECKED_JSON, LOCK = "checked.json", ".lock"
+CHECKED_JSON, LOCK, USERS = "checked.json", ".lock", "users"
 # A file that has not changed for so long is complete, also while other processes compile.
 SETTLED_S = 30.0
 
@@ -41,6 +50,8 @@ class CompiledCode:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._lock: int | None = None
+        self._marker: Path | None = None
+        self._held: int | None = None
 
     def check(self) -> int:
         """Remove what is damaged or was never finished; return how many files were damaged.
@@ -51,6 +62,9 @@ class CompiledCode:
         with suppress(OSError):
             self._lock = lock(self.folder / LOCK)
         alone = self._lock is not None
+        if alone:
+            self._remove_what_torch_does_not_make()
+        self._begin()
         listed = self._listed()
         damaged, unfinished = set[Path](), set[Path]()
         n_damaged = 0
@@ -68,7 +82,7 @@ class CompiledCode:
                 path.unlink(missing_ok=True)
             elif name in listed:
                 left[name] = listed[name]
-        if left != listed:  # or what takes the place of these files would count as damaged
+        if left != listed:  # else what takes the place of these files would count as damaged
             self._write(left)
         self._share()
         return n_damaged
@@ -78,22 +92,67 @@ class CompiledCode:
         listed = self._listed()
         complete: dict[str, _Facts] = {}
         alone = self._is_alone()
+        killed_at = self._killed_at()
         for name, path in self._files():
             with suppress(OSError):  # it is gone
                 changed = path.stat().st_mtime
                 if name in listed and listed[name]["changed"] == changed:
                     complete[name] = listed[name]
-                elif alone or time.time() - changed > SETTLED_S:
+                elif changed < killed_at and (alone or time.time() - changed > SETTLED_S):
                     complete[name] = _Facts(sha256=_hash(path), changed=changed)
         if complete != listed:
             self._write(complete)
         self._share()
 
+    def end(self) -> None:
+        """List what is complete, and that this process was not killed."""
+        self.record()
+        if self._marker is not None:
+            self._marker.unlink(missing_ok=True)
+
+    def _begin(self) -> None:
+        """Leave a file that this process holds until it ends, and removes unless it is killed."""
+        with suppress(OSError):
+            folder = self.folder / USERS
+            folder.mkdir(exist_ok=True)
+            self._marker = folder / secrets.token_hex(8)
+            self._held = lock(self._marker)
+
+    def _killed_at(self) -> float:
+        """Return when the first process began that was killed: what it has made may be cut off."""
+        times = [math.inf]
+        with suppress(OSError):
+            for marker in (self.folder / USERS).iterdir():
+                if marker == self._marker:
+                    continue
+                with suppress(OSError):  # it is held: its process lives
+                    os.close(lock(marker))
+                    times.append(marker.stat().st_mtime)
+        return min(times)
+
+    def _remove_what_torch_does_not_make(self) -> None:
+        """Remove links, and what is a folder in place of a file or a file in place of a folder.
+
+        With them go what killed processes have left to be known by: their files go as well.
+        """
+        for at, folders, names in os.walk(self.folder):
+            is_top = Path(at) == self.folder
+            for name in names:
+                path = Path(at, name)
+                if path.is_symlink() or (is_top and name not in (CHECKED_JSON, LOCK)):
+                    clear_place(path)
+            for name in [*folders]:
+                path = Path(at, name)
+                is_file_name = "." in name  # no folder of torch has a dot
+                if path.is_symlink() or is_file_name or (is_top and name == USERS):
+                    clear_place(path)
+                    folders.remove(name)
+
     def _files(self) -> Iterator[tuple[str, Path]]:
         """Yield name and path of each file; locks, and libraries that name their hash, left out."""
         for at, folders, names in os.walk(self.folder):
             if Path(at) == self.folder:
-                folders[:] = [name for name in folders if name not in ("cpp", "locks")]
+                folders[:] = [name for name in folders if name not in ("cpp", "locks", USERS)]
                 continue
             for name in names:
                 path = Path(at, name)
@@ -176,7 +235,7 @@ def keep_compiled(folder: Path) -> None:
     if n_damaged := _kept.check():
         removed = counted(n_damaged, "damaged file")
         tell(f"warning: {kept}: {removed} of compiled code removed; it is compiled again")
-    atexit.register(_kept.record)
+    atexit.register(_kept.end)
 
 
 def record_compiled() -> None:

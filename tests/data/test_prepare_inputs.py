@@ -776,6 +776,36 @@ def test_a_document_of_which_the_end_is_held_out_counts_once(tmp_path: Path) -> 
     assert merged[0] == notes[1]
 
 
+def test_NULs_that_json_writes_count_as_bad_bytes(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text(r'{"text": "nul\u0000x"}' + "\n" + '{"text": "fine"}\n')
+    notes = run(tmp_path / "out", tmp_path / "in.jsonl")
+    assert "bad bytes: 1 (" in notes[1]
+    assert texts_of(tmp_path / "in.jsonl") == ["nul\ufffdx", "fine"]
+
+
+def test_a_tar_archive_of_before_posix_is_read(tmp_path: Path) -> None:
+    content = bytearray(tar({"a.txt": b"a text\n"}))
+    content[257:265] = bytes(8)
+    content[148:156] = b" " * 8
+    content[148:156] = b"%06o\0 " % sum(content[:512])
+    (tmp_path / "old").write_bytes(content)
+    assert texts_of(tmp_path / "old") == ["a text\n"]
+
+
+def test_a_pipe_in_an_archive_is_told(tmp_path: Path) -> None:
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w") as archive:
+        pipe = tarfile.TarInfo("pipe.txt")
+        pipe.type = tarfile.FIFOTYPE
+        archive.addfile(pipe)
+        info = tarfile.TarInfo("a.txt")
+        info.size = 6
+        archive.addfile(info, io.BytesIO(b"a text"))
+    (tmp_path / "in.tar").write_bytes(packed.getvalue())
+    notes = run(tmp_path / "out", tmp_path / "in.tar")
+    assert any("pipe.txt" in line for line in notes)
+
+
 def test_columns_of_parquet_are_text_or_named_by_their_type(tmp_path: Path) -> None:
     pa = pytest.importorskip("pyarrow", reason="needs the extra data")
     parquet = pytest.importorskip("pyarrow.parquet")

@@ -16,7 +16,8 @@ from tests.support.toy import ROOT
 
 def names(folder: Path) -> list[str]:
     paths = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
-    return sorted(path.relative_to(folder).as_posix() for path in paths)
+    found = (path.relative_to(folder).as_posix() for path in paths)
+    return sorted(name for name in found if not name.startswith("users/"))
 
 
 @pytest.fixture
@@ -95,6 +96,39 @@ def test_what_another_process_is_making_is_neither_removed_nor_recorded_as_compl
     kept.record()  # alone now
     assert '"ef/three.so"' in (folder / CHECKED_JSON).read_text()
     close(kept)
+
+
+def test_what_a_process_was_making_when_it_was_killed_is_not_recorded_by_another(
+    folder: Path,
+) -> None:
+    killed, kept = CompiledCode(folder), CompiledCode(folder)
+    killed.check()
+    kept.check()
+    (folder / "ef").mkdir()
+    (folder / "ef/three.so").write_bytes(b"cut o")
+    close(killed)
+    assert killed._held is not None
+    os.close(killed._held)
+    kept.end()
+    close(kept)
+    assert '"ef/three.so"' not in (folder / CHECKED_JSON).read_text()
+    assert CompiledCode(folder).check() == 0
+    assert "ef/three.so" not in names(folder)
+    assert "cd/two.so" in names(folder)
+
+
+def test_folders_and_links_in_place_of_compiled_files_are_removed(folder: Path) -> None:
+    (folder / "ab/one.so").unlink()
+    (folder / "ab/one.so").mkdir()
+    (folder / "cd/two.so").unlink()
+    (folder / "cd/two.so").symlink_to("nowhere")
+    (folder / "locks").mkdir()
+    (folder / "locks/a.lock").mkdir()
+    (folder / "ef").write_bytes(b"")
+    CompiledCode(folder).check()
+    left = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+    assert not left & {"ab/one.so", "cd/two.so", "locks/a.lock", "ef"}
+    assert "triton/KEY/kernel.cubin" in left
 
 
 def test_a_damaged_record_of_compiled_code_is_only_slower(folder: Path) -> None:

@@ -6,6 +6,7 @@ import http.server
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -25,8 +26,9 @@ from fasttrain.config import UserError, load_config
 from fasttrain.config.trust import refuse_foreign_keys
 from fasttrain.config.untrusted import open_own, read_regular
 from fasttrain.corpus import build_default_corpus
-from fasttrain.data.files import DataError, beneath, file_system, put
+from fasttrain.data.files import DataError, NoLocks, beneath, file_system, put
 from fasttrain.data.format import fetch_description
+from fasttrain.data.prepare.build import prepare
 from fasttrain.data.remote import ShardCache
 from fasttrain.log.sinks import CsvLogger, JsonlLogger, LogFile, Sinks
 from fasttrain.model.compiled import keep_compiled
@@ -184,6 +186,54 @@ def test_R36_a_damaged_default_text_is_made_again(
         (folder / damaged).write_bytes((folder / damaged).read_bytes()[:-3])
         again = build_default_corpus(vocab_size=300, cache_dir=tmp_path / "cache")
         assert (again / "train_000000.bin").read_bytes() == sound
+
+
+@pytest.mark.parametrize("kind", ["file", "link", "cut off, without locks"])
+def test_R36_whatever_is_in_place_of_the_default_text_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    root = tmp_path / "lib"
+    root.mkdir()
+    for n in range(40):
+        (root / f"m{n}.py").write_text(f"def f{n}(a):\n    return a + {n}\n" * 1500)
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(root))
+    folder = build_default_corpus(vocab_size=300, cache_dir=tmp_path / "cache")
+    sound = (folder / "train_000000.bin").read_bytes()
+    if kind == "file":
+        shutil.rmtree(folder)
+        folder.write_text("")
+    elif kind == "link":
+        shutil.rmtree(folder)
+        folder.symlink_to(tmp_path / "nowhere")
+    else:
+        (folder / "train_000000.bin").write_bytes(sound[:-3])
+
+        def no_locks(*_: object, **__: object) -> int:
+            raise NoLocks(37, "no locks")
+
+        monkeypatch.setattr("fasttrain.corpus.lock", no_locks)
+    again = build_default_corpus(vocab_size=300, cache_dir=tmp_path / "cache")
+    assert (again / "train_000000.bin").read_bytes() == sound
+
+
+@pytest.mark.parametrize("name", ["dataset.json", "tokenizer.json"])
+@pytest.mark.parametrize("kind", ["folder", "link"])
+def test_R36_whatever_is_in_place_of_a_fetched_description_is_replaced(
+    name: str, kind: str, tmp_path: Path
+) -> None:
+    (tmp_path / "in.txt").write_text("a text\n" * 1000)
+    prepare(tmp_path / "data", [str(tmp_path / "in.txt")], tokenizer="bytes", note=lambda _: None)
+    address = f"file://{tmp_path}/data"
+    path = fetch_description(address, tmp_path / "cache") / name
+    sound = path.read_bytes()
+    path.unlink()
+    if kind == "folder":
+        path.mkdir()
+        (path / "x").write_text("")
+    else:
+        path.symlink_to(tmp_path / "nowhere")
+    assert (fetch_description(address, tmp_path / "cache") / name).read_bytes() == sound
+    assert not path.is_symlink()
 
 
 # ---- a resumed run's own config ------------------------------------------------------------------

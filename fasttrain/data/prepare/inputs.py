@@ -551,7 +551,7 @@ def look(file: File, *, format: str = "auto", encoding: str = "auto") -> Content
                 package("pyarrow", file)
             raise DataError(f"{file}: cannot be read (it is not compressed, as its name says)")
     is_whole = len(head) < HEAD_BYTES
-    if head[257:262] == b"ustar":
+    if head[257:262] == b"ustar" or _is_old_tar(head):
         return Content(packed, "tar")
     if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
         if packed:
@@ -576,6 +576,15 @@ def look(file: File, *, format: str = "auto", encoding: str = "auto") -> Content
         is_whole = len(head) < LONG_HEAD_BYTES
         text = _start(head, is_whole, encoding)
     return Content(packed, _format(text, is_whole, ending, file), encoding)
+
+
+def _is_old_tar(head: bytes) -> bool:
+    """Return whether bytes begin with a header of tar before POSIX, which only a checksum shows."""
+    try:
+        tarfile.TarInfo.frombuf(head[:512], "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        return False
+    return True
 
 
 def _head(file: File, packed: Sequence[str], n_bytes: int) -> bytes:
@@ -826,6 +835,8 @@ def members(
         with _Tape.open(fileobj=stream, mode="r|", ignore_zeros=True) as tape:
             for entry in tape:
                 is_link = entry.issym() or entry.islnk()
+                if not (entry.isreg() or is_link or entry.isdir()):
+                    leave_out("a pipe, socket or device", f"{file}/{entry.name}")
                 if (entry.isreg() or is_link) and is_taken(entry.name, is_link):
                     part = tape.extractfile(entry)
                     assert part is not None

@@ -418,7 +418,11 @@ class Source:
         name, inner = self.field, list[str]()
         if name not in schema.names:
             name, *inner = self.field.split(".")
-        remedy = f"name one: --text-field {', '.join(schema.names)}"
+        is_text = _TEXT_COLUMN.match
+        texts = [column.name for column in schema if is_text(str(column.type))]
+        remedy = "it has no column of text"
+        if texts:
+            remedy = f"name one: --text-field {', '.join(texts)}"
         if name not in schema.names:
             raise DataError(f"{file}: no column {self.field!r}; {remedy}")
         if schema.names.count(name) > 1:
@@ -429,7 +433,7 @@ class Source:
             if step not in names:
                 raise DataError(f"{file}: no column {self.field!r}; {remedy}")
             kind = kind.field(step).type
-        if not re.match(r"(dictionary<values=)?(large_|fixed_size_)?(string|binary)", str(kind)):
+        if not is_text(str(kind)):
             problem = f"column {self.field!r} holds {kind}, not text"
             if str(kind).startswith("struct"):
                 remedy = f"name a field of it: --text-field {self.field}.{kind[0].name}"
@@ -466,6 +470,10 @@ class Source:
         except UnicodeEncodeError:  # half of a surrogate pair, which JSON can write
             self._problem(INVALID_UTF8, where)
             text = re.sub("[\ud800-\udfff]", "\ufffd", text)
+        if "\0" in text:  # which JSON and Parquet can write
+            self._problem(INVALID_UTF8, where)
+            self.problems[BAD_BYTES] += text.count("\0")
+            text = text.replace("\0", "\ufffd")
         if not text:
             self._problem(EMPTY, where)
         elif self.separator and self._ends.search(text):
@@ -484,6 +492,7 @@ class _Seen:
     n_bad: int = 0
 
 
+_TEXT_COLUMN = re.compile(r"(dictionary<values=)?(large_|fixed_size_)?(string|binary)")
 _BETWEEN = re.compile(r"[\s,]*")
 
 
