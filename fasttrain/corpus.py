@@ -88,7 +88,7 @@ def build_default_corpus(
             try:
                 os.rename(made, folder)
             except OSError:  # without locks another process may have been faster
-                if not _is_sound(folder, parent):
+                if not (folder / DATASET_JSON).is_file():
                     raise
     except (OSError, DataError) as error:
         remedy = "free some space or name another folder with data.cache_dir"
