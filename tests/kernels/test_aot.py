@@ -37,7 +37,7 @@ NARROWER = [
 # (pattern of the target, kernel, case): known spills of at most 6 instructions or registers.
 # sm_90, for which the configurations are chosen, has none, and may have none.
 SPILLS = [
-    ("sm_75|sm_8.|sm_120", "cross_entropy_kernel", "every option"),
+    ("sm_75|sm_8.|sm_100|sm_120", "cross_entropy_kernel", "every option"),
     ("sm_80", "cross_entropy_kernel", "fp32 V=32000"),  # by Triton 3.9
     ("sm_75", "cross_entropy_kernel", "fp32 V=32000"),  # 2: a row of the lowest float stays finite
     ("sm_8.", "_rms_norm_bwd_kernel", "D=32768 residual"),
