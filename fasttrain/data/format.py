@@ -163,17 +163,16 @@ def fetch_description(address: str, cache: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _keep(folder / DATASET_JSON, content)
-        for path in folder.iterdir():  # a dataset may not lead elsewhere, nor may damage here
+        for path in folder.iterdir():  # links are not ours: what lies here was fetched
             if path.is_symlink():
                 path.unlink()
         entry = read_dataset_json(folder)["tokenizer"]
         path = folder / entry["file"]
         if not path.is_file() or sha256_of(path) != entry["sha256"]:
             _keep(path, store.remote(beside(address, entry["file"]), "cat_file"))
-    except OSError as error:
-        place = error.filename or folder
+    except (IsADirectoryError, NotADirectoryError, FileExistsError) as error:
         remedy = "remove it, or set another data.cache_dir"
-        raise DataError(f"{place}: {error.strerror}; {remedy}") from error
+        raise DataError(f"{error.filename or folder}: {error.strerror}; {remedy}") from error
     return folder
 
 

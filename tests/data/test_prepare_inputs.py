@@ -607,6 +607,10 @@ def test_an_encoding_of_seven_bits_is_refused_until_it_is_named(
 
 def test_records_in_another_encoding_are_refused_in_a_folder_too(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a text")
+    text = json.dumps({"text": "日本語"}, ensure_ascii=False) + "\n"
+    (tmp_path / "b.json").write_bytes((text * 9).encode("iso2022_jp"))
+    with pytest.raises(DataError, match=r"b\.json: .*--encoding iso2022_jp"):
+        find_files([str(tmp_path)])
     lines = json.dumps({"text": "déjà vu"}, ensure_ascii=False) + "\n"
     (tmp_path / "b.json").write_bytes((lines * 9).encode("latin-1"))
     (tmp_path / "c.json").write_text("// a comment, as in tsconfig.json\n{}\n")

@@ -172,15 +172,20 @@ def test_R36_compiled_code_is_not_kept_where_others_can_write(
     assert re.search(warned, capsys.readouterr().err)
 
 
-def test_R36_a_damaged_default_text_is_made_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def made_default_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Make the default text of a small standard library, in the folder ``cache``."""
     root = tmp_path / "lib"
     root.mkdir()
     for n in range(40):
         (root / f"m{n}.py").write_text(f"def f{n}(a):\n    return a + {n}\n" * 1500)
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(root))
-    folder = build_default_corpus(vocab_size=300, cache_dir=tmp_path / "cache")
+    return build_default_corpus(vocab_size=300, cache_dir=tmp_path / "cache")
+
+
+def test_R36_a_damaged_default_text_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = made_default_text(tmp_path, monkeypatch)
     sound = (folder / "train_000000.bin").read_bytes()
     for damaged in ("train_000000.bin", "tokenizer.json", "dataset.json", "train_000000.ends"):
         (folder / damaged).write_bytes((folder / damaged).read_bytes()[:-3])
@@ -192,12 +197,7 @@ def test_R36_a_damaged_default_text_is_made_again(
 def test_R36_whatever_is_in_place_of_the_default_text_is_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    root = tmp_path / "lib"
-    root.mkdir()
-    for n in range(40):
-        (root / f"m{n}.py").write_text(f"def f{n}(a):\n    return a + {n}\n" * 1500)
-    monkeypatch.setattr("sysconfig.get_path", lambda name: str(root))
-    folder = build_default_corpus(vocab_size=300, cache_dir=tmp_path / "cache")
+    folder = made_default_text(tmp_path, monkeypatch)
     sound = (folder / "train_000000.bin").read_bytes()
     if kind == "file":
         shutil.rmtree(folder)

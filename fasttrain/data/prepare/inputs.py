@@ -654,16 +654,16 @@ def _encoding(
     n_bad = text.count("\ufffd") - head.count(b"\xef\xbf\xbd")
     if sure:
         return "utf-8"
-    if named_by_escapes := _ISO_2022.search(head):
-        name = "iso2022_kr" if named_by_escapes[1] == b")" else "iso2022_jp_2"
+    # A file of records is taken whatever folder it is in
+    reason = None if file.endings()[0] == ".json" else "not UTF-8"
+    if escape := _ISO_2022.search(head):
+        name = "iso2022_kr" if escape[1] == b")" else "iso2022_jp_2"
         problem = "switches character sets by escape sequences, as ISO-2022 does"
         remedy = f"name its encoding, as --encoding {name}"
-        raise UnclearError(f"{file}: {problem}; {remedy}", "not UTF-8")
+        raise UnclearError(f"{file}: {problem}; {remedy}", reason)
     if len(head.translate(None, _CONTROLS)) < 0.95 * len(head):
         raise UnclearError(f"{file}: looks like binary data, not text; {_SETTLE}")
     if is_bad(n_bad, len(head)):
-        is_json = file.endings()[0] == ".json"  # which is taken whatever folder it is in
-        reason = None if is_json else "not UTF-8"
         raise UnclearError(f"{file}: {bad_text(n_bad, len(head))}; {_guess(head)}", reason)
     return "utf-8"
 
