@@ -19,7 +19,7 @@ from fasttrain_kernels.catalogue import Op, both_ways, results
 from torch import Tensor, nn
 
 from benchmarks.harness import CUDA, DEVICE, DTYPE, OURS, Call, check, gather
-from fasttrain.engine.memory import measure_peak
+from fasttrain.preflight.memory import measure_peak
 
 compiled = partial(torch.compile, dynamic=False)
 NAME = "bf16" if CUDA else "fp32"

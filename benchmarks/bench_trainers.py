@@ -26,7 +26,7 @@ from benchmarks.bench_step import BASE, GPT2, GPT2_CHARS, LLAMA_LIKE, config_of,
 from benchmarks.harness import CUDA, DEVICE, ENV, OURS, ROOT, gather, run, slug
 from fasttrain.config import TrainConfig, config_to_toml
 from fasttrain.data.format import open_dataset
-from fasttrain.report import Run, read_run
+from fasttrain.report.page import Run, read_run
 
 CONFIGS = ROOT / "configs"
 NANOGPT_DIR = os.environ.get("NANOGPT_DIR", "")

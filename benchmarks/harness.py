@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fasttrain.data.files import write_atomically
 from fasttrain.run.provenance import provenance
+from fasttrain.storage import write_atomically
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

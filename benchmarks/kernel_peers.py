@@ -36,7 +36,7 @@ from fasttrain_kernels.aot.issue import DEVICES, issue_of
 from fasttrain_kernels.aot.traffic import mend_interpreter, traffic_of
 from triton.runtime import autotuner, interpreter
 
-from fasttrain.engine.memory import measure_peak
+from fasttrain.preflight.memory import measure_peak
 
 OURS, TARGET = "fasttrain_kernels", "sm_90"
 SIZES: dict[str, dict[str, Any]] = {

@@ -4,11 +4,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fasttrain.config import TrainConfig, load_config
-    from fasttrain.diagnosis import diagnose
     from fasttrain.generate import load_model
     from fasttrain.library import Callback, Trainer, train_loop
     from fasttrain.log.metrics import TrainingMetrics
     from fasttrain.model.transformer import Transformer
+    from fasttrain.preflight.diagnosis import diagnose
 
 __all__ = [
     "Callback", "TrainConfig", "Trainer", "TrainingMetrics", "Transformer", "diagnose",
@@ -19,7 +19,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "config": ("TrainConfig", "load_config"),
-    "diagnosis": ("diagnose",),
+    "preflight.diagnosis": ("diagnose",),
     "generate": ("load_model",),
     "library": ("Callback", "Trainer", "train_loop"),
     "log.metrics": ("TrainingMetrics",),

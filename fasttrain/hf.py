@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fasttrain.checkpoint import CheckpointWriter, check_model
 from fasttrain.checkpoint.files import FILE, candidates, map_tensors
-from fasttrain.command import command, make_parser, redact
+from fasttrain.command import command, make_parser
 from fasttrain.config import ConfigError, TrainConfig, UserError, config_from_dict, config_to_toml
 from fasttrain.config.keys import show
 from fasttrain.config.untrusted import misfit, read_json
@@ -31,6 +31,7 @@ from fasttrain.data.tokenizer import end_of_text_id, load_tokenizer
 from fasttrain.generate import load_model
 from fasttrain.model.transformer import Transformer, hidden_dim
 from fasttrain.printing import printable, say
+from fasttrain.redact import redact
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 REMEDY = "give the folder of a downloaded model"

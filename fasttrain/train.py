@@ -150,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             contextlib.ExitStack() as fetched,
         ):
             if "://" in (address := arguments.resume or ""):
-                from fasttrain.checkpoint.mirror import config_at
+                from fasttrain.mirror import config_at
 
                 mirror, _, run_name = address.rstrip("/").rpartition("/")
                 keys = {"checkpoint.mirror": mirror, "run.name": run_name}

@@ -18,7 +18,6 @@ as the files are. The background thread hashes them and writes them past the pag
 """
 
 from fasttrain.checkpoint.files import CheckpointError
-from fasttrain.checkpoint.mirror import Mirror
 from fasttrain.checkpoint.reading import (
     Checkpoint,
     check_model,
@@ -31,6 +30,6 @@ from fasttrain.checkpoint.reading import (
 from fasttrain.checkpoint.writer import CheckpointWriter, refuse_unsavable
 
 __all__ = [
-    "Checkpoint", "CheckpointError", "CheckpointWriter", "Mirror", "check_model", "load", "parse",
+    "Checkpoint", "CheckpointError", "CheckpointWriter", "check_model", "load", "parse",
     "refuse_unsavable", "resolve", "saved_parameters", "verify",
 ]  # fmt: skip

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fasttrain.command import DISK_REMEDIES
 from fasttrain.config import UserError, misfit, untrusted
-from fasttrain.data.files import LACKING, sync, sync_folder
+from fasttrain.storage import LACKING, sync, sync_folder
 
 MANIFEST = "manifest.json"
 FORMAT = {"format": "fasttrain-checkpoint", "version": 1}
@@ -349,7 +349,7 @@ def _runs(mark: str | None) -> bool:
 
 
 # What JSON of a checkpoint has to hold.
-Kind = Literal["overflow", "nonfinite", "spike", "transient", "persistent"]
+FaultKind = Literal["overflow", "nonfinite", "spike", "transient", "persistent"]
 Number = float | Literal["nan", "inf", "-inf"]  # JSON has none that is not finite
 
 
@@ -383,7 +383,7 @@ class Faults(TypedDict):  # what `engine.state.FaultCounts` keeps
     spikes: int
     rollbacks: int
     passed_over: list[int]
-    row: list[tuple[int, int, Kind, Number, Number]]
+    row: list[tuple[int, int, FaultKind, Number, Number]]
 
 
 class Parent(TypedDict):  # the checkpoint that a branch starts from
@@ -393,13 +393,13 @@ class Parent(TypedDict):  # the checkpoint that a branch starts from
     decays: bool  # whether the branch was begun with --decay-from
 
 
-class ModelState(TypedDict, total=False):  # state.json of parameters that belong to no run
+class SavedModel(TypedDict, total=False):  # state.json of parameters that belong to no run
     history: list[Change]
     lineage: list[Parent]  # the checkpoints that the run branched off, the first one first
     provenance: dict[str, str | bool | None]
 
 
-class RunState(ModelState):  # state.json of `fasttrain.train`
+class SavedRun(SavedModel):  # state.json of `fasttrain.train`
     step: int
     position: int
     total_steps: int | None
@@ -415,7 +415,7 @@ class RunState(ModelState):  # state.json of `fasttrain.train`
     data: NotRequired[dict[str, dict[str, Any]]]
 
 
-class LibraryState(ModelState):  # state.json of `fasttrain.Trainer`, but for torch's classes
+class SavedLibraryRun(SavedModel):  # state.json of `fasttrain.Trainer`, but for torch's classes
     step: int
     epoch: int
     batch_in_epoch: int

@@ -57,8 +57,8 @@ def parse(path: Path, written: Mapping[str, dict[str, Tensor]] | None = None) ->
         raise CheckpointError(f"{file}: {str(error).removeprefix(f'{file}: ')}") from error
     file = path / "state.json"
     state = disk.parse_json(file, texts[file.name])
-    kind = disk.LibraryState if "epoch" in state else disk.ModelState
-    problem = misfit(disk.RunState if "position" in state else kind, state)
+    kind = disk.SavedLibraryRun if "epoch" in state else disk.SavedModel
+    problem = misfit(disk.SavedRun if "position" in state else kind, state)
     if problem := problem or _contradiction(state, manifest["step"], config):
         raise CheckpointError(f"{file}: malformed: {problem}")
     return Checkpoint(path, manifest["step"], tensors, state, config, files, pieces)

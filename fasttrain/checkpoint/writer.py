@@ -13,19 +13,21 @@ import weakref
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fasttrain.checkpoint import files as disk
 from fasttrain.checkpoint.files import CheckpointError
-from fasttrain.checkpoint.mirror import Mirror
 from fasttrain.checkpoint.ranks import Ranks, SliceNumbers, own_slices
 from fasttrain.checkpoint.reading import parse, verify
 from fasttrain.command import tell
-from fasttrain.data.files import sync_folder
 from fasttrain.distributed.world import World
+from fasttrain.storage import sync_folder
+
+if TYPE_CHECKING:
+    from fasttrain.mirror import Mirror
 
 _BULKY = 64 << 20  # bytes; fewer take some milliseconds, and are better written soon
 _ALONE = World()

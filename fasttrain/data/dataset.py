@@ -23,7 +23,7 @@ from typing import Any, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-from fasttrain.data.files import DataError, write_atomically
+from fasttrain.storage import DataError, write_atomically
 
 Array = NDArray[np.int64]
 
@@ -33,6 +33,7 @@ KINDS: dict[int, tuple[int, np.dtype[Any]]] = {  # magic: (version, dtype)
     20240801: (7, np.dtype("<u4")),
 }
 BLOCK_TOKENS = 4 << 20  # read at once of a whole file: Python's share of the time is nothing
+FEW_VAL_TOKENS = 5_000  # the loss of a smaller validation split says little
 MAX_SHARD_TOKENS = 2**31 - 1  # the header's count is an int32
 
 

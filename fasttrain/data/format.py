@@ -16,12 +16,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict, get_args
 
+from fasttrain import storage as store
 from fasttrain.config import DataConfig
 from fasttrain.config.untrusted import misfit, read_json
-from fasttrain.data import files as store
 from fasttrain.data.dataset import Shard, ShardInfo, TokenDataset, dtype_for
-from fasttrain.data.files import DataError, is_address, sha256_of, write_atomically
 from fasttrain.data.remote import RemoteShard, ShardCache, beside
+from fasttrain.storage import DataError, is_address, sha256_of, write_atomically
 
 DATASET_JSON = "dataset.json"
 FORMAT, VERSION = "fasttrain-dataset", 1

@@ -29,9 +29,9 @@ import torch
 from torch import Tensor
 
 from fasttrain.data.dataset import Array, Shard, TokenDataset
-from fasttrain.data.files import DataError
-from fasttrain.data.order import LoaderOptions, Plan, document_rows, document_starts
+from fasttrain.data.order import LoaderOptions, SampleOrder, document_rows, document_starts
 from fasttrain.data.remote import RemoteShard, ShardCache
+from fasttrain.storage import DataError
 
 ORDER_BLOCK = 4096  # samples whose order is computed at once: 0.1 µs each, 100 µs for one alone
 DEADLINE_S = 300.0  # batches that take longer to read end the run, naming the file
@@ -106,8 +106,8 @@ class Loader(contextlib.AbstractContextManager["Loader"], Iterator[Batch]):
     ) -> None:
         self.dataset, self.options, self.device = dataset, options, torch.device(device)
         self.position = position  # global sample index after the batch returned last: all its state
-        self.plan = Plan(dataset, options)
-        self.sample_ids, self.samples_per_epoch = self.plan.ids, self.plan.samples_per_epoch
+        self.order = SampleOrder(dataset, options)
+        self.sample_ids, self.samples_per_epoch = self.order.ids, self.order.samples_per_epoch
         marked = options.separate_documents and options.of_windows
         self._ends = dataset.document_ends if marked else None
         self.end: int | None = None  # sample index to stop before; rows from it on have no targets
@@ -156,7 +156,7 @@ class Loader(contextlib.AbstractContextManager["Loader"], Iterator[Batch]):
         per_buffer = stride * self._per_buffer
         n_buffers = max(min(ORDER_BLOCK, self.samples_per_epoch) // per_buffer, 1)
         while True:
-            found = self.plan.rows(position, n_buffers * per_buffer)
+            found = self.order.rows(position, n_buffers * per_buffer)
             starts, counts = (array.reshape(n_buffers, -1, stride) for array in found)
             length = np.array(lengths)[np.searchsorted(lengths, counts[..., mine].max(2) - 1)]
             if self.end is not None:  # no row behind it has a target

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from fasttrain.config import TrainConfig
 from fasttrain.config.keys import refuse
 from fasttrain.data.dataset import Array, TokenDataset
-from fasttrain.data.files import DataError
+from fasttrain.storage import DataError
 
 Order = Callable[[Array, int, int], Array]  # called as `permute` is
 
@@ -228,7 +228,7 @@ def _bucketed(lengths: Array, limits: Sequence[int]) -> Order:
     return order
 
 
-class Plan:
+class SampleOrder:
     """Which tokens each global sample index of a run stands for.
 
     With weights, each of the datasets joined in `dataset` has a share and an order of its own.

@@ -19,7 +19,7 @@ from typing import TypeVar
 
 from fasttrain.config.untrusted import open_own
 from fasttrain.data.dataset import HEADER_BYTES, Array, Shard, ShardInfo, dtype_for
-from fasttrain.data.files import (
+from fasttrain.storage import (
     RANGE_BYTES,
     DataError,
     NoLocks,

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from fasttrain.config.keys import show
-from fasttrain.data.files import DataError
+from fasttrain.storage import DataError
 
 END_OF_TEXT = "<|endoftext|>"
 # Of each call's text, what is encoded both ways: as much costs a tenth of the time that tiktoken

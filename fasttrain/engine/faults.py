@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from fasttrain.config.keys import counted
-from fasttrain.data.files import DataError, write_atomically
 from fasttrain.data.loader import Loader
 from fasttrain.data.tokenizer import load_tokenizer
 from fasttrain.engine.saving import Saver
 from fasttrain.engine.state import Fault, StateGuard, Tensors
 from fasttrain.engine.step import FINE, StepNumbers
 from fasttrain.log.metrics import NormWatch
+from fasttrain.storage import DataError, write_atomically
 
 # Steps in a row that may be skipped. An fp16 scale halves at each overflow, so that 2^16 is down to
 # 1 after 16, and only then is a gradient to blame.

@@ -5,10 +5,8 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from fasttrain.checkpoint import Mirror
-from fasttrain.command import redact
 from fasttrain.config import TrainConfig
 from fasttrain.device import CoreWatch
 from fasttrain.engine.state import RunState
@@ -18,6 +16,10 @@ from fasttrain.log.console import Console
 from fasttrain.log.sinks import LogFile, Sinks
 from fasttrain.model.transformer import Transformer
 from fasttrain.printing import printable
+from fasttrain.redact import redact
+
+if TYPE_CHECKING:
+    from fasttrain.mirror import Mirror
 
 
 class _Nothing:

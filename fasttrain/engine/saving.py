@@ -10,7 +10,6 @@ import torch
 
 from fasttrain.checkpoint import Checkpoint, CheckpointError, CheckpointWriter, load
 from fasttrain.checkpoint.files import history
-from fasttrain.command import redact
 from fasttrain.config import UserError, config_to_toml
 from fasttrain.distributed.lockstep import Lockstep, differing_step
 from fasttrain.distributed.sharding import cut
@@ -24,6 +23,7 @@ from fasttrain.engine.optim import (
 from fasttrain.engine.reporter import Reporter
 from fasttrain.engine.state import Tensors, restore_rng, rng_state
 from fasttrain.engine.step import TrainStep
+from fasttrain.redact import redact
 
 MAX_FAILED_SAVES = 5  # then the run ends: it would lose all that comes after
 

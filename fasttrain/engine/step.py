@@ -46,7 +46,7 @@ FINE, OVERFLOW, NONFINITE, SPIKE, TRANSIENT, PERSISTENT, EMPTY = range(7)
 
 # model, tokens, targets, doc_starts, scale → summed loss times scale, a scalar on the device; of
 # other batches: model, batch, scale
-Criterion = Callable[..., Tensor]
+LossSum = Callable[..., Tensor]
 
 
 def summed_loss(
@@ -73,7 +73,7 @@ def summed_loss(
     )
 
 
-def default_criterion(config: TrainConfig, *, scaled: bool = False) -> Criterion:
+def default_criterion(config: TrainConfig, *, scaled: bool = False) -> LossSum:
     """Return the criterion of our Transformer, as the config says; its gradient may be scaled."""
     options: Any = {"label_smoothing": config.train.label_smoothing, "z_loss": config.train.z_loss}
     return partial(summed_loss, unit_gradient=not scaled, **options)
@@ -114,7 +114,7 @@ class TrainStep:
         optimizers: Sequence[torch.optim.Optimizer],
         resolved: Resolved,
         *,
-        criterion: Criterion | None = None,
+        criterion: LossSum | None = None,
         n_micro: int | None = None,
         ignore_index: int = IGNORE_INDEX,
         count: Callable[[Any], Tensor | float] | None = None,

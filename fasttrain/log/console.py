@@ -25,9 +25,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Column, Table
 from rich.text import Text
 
-from fasttrain.command import redact
 from fasttrain.log.sinks import LogFile
 from fasttrain.printing import printable, say
+from fasttrain.redact import redact
 
 _REFRESH_S = 0.2  # a redraw takes 0.25 ms of a CPU core
 _ROWS_PER_HEADING = 20

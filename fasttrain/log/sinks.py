@@ -12,14 +12,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, Protocol, TextIO, get_args
 
-from fasttrain.command import redact, tell
+from fasttrain.command import tell
 from fasttrain.config import TrainConfig, UserError, config_to_toml
 from fasttrain.config.keys import refuse
 from fasttrain.config.untrusted import json_object, open_own, read_regular, refuse_links
-from fasttrain.data.files import write_atomically
 from fasttrain.log.metrics import json_line
+from fasttrain.redact import redact
+from fasttrain.storage import write_atomically
 
-Kind = Literal["train", "eval", "tasks"]
+RowKind = Literal["train", "eval", "tasks"]
 Row = Mapping[str, Any]
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 MAX_LINE = 1 << 20  # bytes: a longer line is taken as one that was cut off
@@ -96,7 +97,7 @@ class Sink(Protocol):
     @property
     def name(self) -> str: ...  # for messages
 
-    def write(self, kind: Kind, row: Row) -> None: ...
+    def write(self, kind: RowKind, row: Row) -> None: ...
 
     def drop_after(self, step: int) -> None: ...
 
@@ -120,7 +121,7 @@ class Sinks:
         if config.log.tensorboard:
             self.all.append(_TensorBoard(folder))
 
-    def write(self, kind: Kind, row: Row) -> None:
+    def write(self, kind: RowKind, row: Row) -> None:
         """Write a row of numbers, which names its ``step``."""
         for sink in tuple(self.all):
             with self._closing_if_it_fails(sink):
@@ -180,7 +181,7 @@ class JsonlLogger:
         os.close(open_own(path, os.O_WRONLY))  # a run folder is known by it
         self._begin, self._has_head = 0, False  # the step that these rows begin after
 
-    def write(self, kind: Kind, row: Row) -> None:
+    def write(self, kind: RowKind, row: Row) -> None:
         """Append a row with the time; a number that is not finite becomes null, as in JSON."""
         now = datetime.now().astimezone().isoformat(timespec="seconds")
         rows = [{"kind": kind, "time": now, **row}]
@@ -212,10 +213,10 @@ class CsvLogger:
     name = "log.csv"
 
     def __init__(self, folder: Path) -> None:
-        self._files = {kind: LogFile(folder / f"{kind}.csv") for kind in get_args(Kind)}
+        self._files = {kind: LogFile(folder / f"{kind}.csv") for kind in get_args(RowKind)}
         self._tables: dict[str, csv.DictWriter[str]] = {}
 
-    def write(self, kind: Kind, row: Row) -> None:
+    def write(self, kind: RowKind, row: Row) -> None:
         """Append a row; a key that the first row lacked is left out, a missing one is empty."""
         if kind not in self._tables:
             file = self._files[kind]
@@ -255,7 +256,7 @@ class _TensorBoard:
         self._writer: Any = None
         self._purge_step: int | None = None
 
-    def write(self, kind: Kind, row: Row) -> None:
+    def write(self, kind: RowKind, row: Row) -> None:
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter  # seconds of imports
 
@@ -302,7 +303,7 @@ class _Wandb:
             raise UserError(f"{problem}; {remedy}") from error
         write_atomically(id_file, self._run.id.encode())
 
-    def write(self, kind: Kind, row: Row) -> None:
+    def write(self, kind: RowKind, row: Row) -> None:
         self._run.log({"step": row["step"], **_numbers(kind, row)})
 
     def drop_after(self, step: int) -> None:
@@ -312,6 +313,6 @@ class _Wandb:
         self._run.finish()
 
 
-def _numbers(kind: Kind, row: Row) -> dict[str, float]:
+def _numbers(kind: RowKind, row: Row) -> dict[str, float]:
     numbers = ((k, v) for k, v in row.items() if k != "step" and isinstance(v, int | float))
     return {f"{kind}/{k}": v for k, v in numbers}

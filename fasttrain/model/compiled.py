@@ -25,7 +25,7 @@ from fasttrain_kernels.cpu._cache import UnsafeFolderError, private_folder
 from fasttrain.command import tell
 from fasttrain.config import UserError, counted, misfit
 from fasttrain.config.untrusted import open_own, read_json
-from fasttrain.data.files import (
+from fasttrain.storage import (
     DataError,
     cache_folder,
     clear_place,

@@ -1,7 +1,7 @@
 """The command line: ``python -m fasttrain.preflight CONFIG.toml [section.key=value …]``.
 
-``--diagnose`` runs the checklist of `fasttrain.diagnosis` on the first batch, ``--kernels`` tries
-each fused operation on this device. Nothing is written but the caches.
+``--diagnose`` runs the checklist of `fasttrain.preflight.diagnosis` on the first batch.
+``--kernels`` tries each fused operation on this device. Only caches are written.
 """
 
 import math

@@ -28,7 +28,7 @@ from fasttrain.device import (
     resolve_precision,
     set_matmul_precision,
 )
-from fasttrain.engine.memory import device_memory
+from fasttrain.preflight.memory import device_memory
 from fasttrain.printing import say
 
 # A logit of `linear_cross_entropy_reference` in fp64 costs most: it and its gradients at the peak.

@@ -15,14 +15,14 @@ from fasttrain.data.format import absent
 from fasttrain.data.loader import Loader
 from fasttrain.data.order import LoaderOptions
 from fasttrain.device import resolve_device
-from fasttrain.diagnosis import diagnose
 from fasttrain.distributed.world import preferred_mode
-from fasttrain.engine.memory import best_micro_batch, device_memory, estimate_memory, probe_step
 from fasttrain.engine.optim import build_optimizers, set_lr
-from fasttrain.engine.plan import RunPlan, warnings_at_start
+from fasttrain.engine.run_size import RunSize, warnings_at_start
 from fasttrain.log import metrics
 from fasttrain.log.console import format_duration
 from fasttrain.model.transformer import Transformer
+from fasttrain.preflight.diagnosis import diagnose
+from fasttrain.preflight.memory import best_micro_batch, device_memory, estimate_memory, probe_step
 from fasttrain.printing import say
 from fasttrain.resolve import apply, apply_numerics, resolve, step_shape
 from fasttrain.run.ending import describe
@@ -76,9 +76,9 @@ def preflight(
     alone = replace(config, train=share)  # what one rank does
     with torch.device("meta"):
         model = Transformer(config.model, seq_len=seq_len)
-    plan = RunPlan(config, model, train, val, n_ranks)
+    run_size = RunSize(config, model, train, val, n_ranks)
     tell("data", *missing)
-    for label, text in describe(plan).items():
+    for label, text in describe(run_size).items():
         tell(label, text)
 
     # Memory, and a few steps where it suffices.
@@ -95,7 +95,7 @@ def preflight(
     runs = probe and fits
     if runs and mode in ("fsdp", "hsdp"):  # the probe is not sharded
         runs = estimate_memory(alone, device=device).total <= free
-    flops = model.flops_per_token() * plan.shape.tokens / n_ranks
+    flops = model.flops_per_token() * run_size.shape.tokens / n_ranks
     if runs and device.type == "cpu" and flops > CPU_FLOPS:
         runs = False
         tell("speed", f"not measured: a step of {flops:.3g} FLOPs takes minutes on a CPU")
@@ -119,7 +119,7 @@ def preflight(
         say("\n".join(scaling_lines(sent, step_s, gbps=gbps, **given)))
     seconds = None
     if probed:
-        tokens_per_s = plan.shape.tokens / probed.step_s
+        tokens_per_s = run_size.shape.tokens / probed.step_s
         peak = metrics.peak_flops(device, precision.name)
         used = metrics.mfu(tokens_per_s / n_ranks, model.flops_per_token(), peak)
         mfu = "n/a" if used is None else f"{used:.1%}"
@@ -127,13 +127,13 @@ def preflight(
         speed = f"{tokens_per_s:,.0f} tokens/s{on_all}, {1000 * probed.step_s:,.0f} ms"
         first = f"compile {resolved.compile_mode}, first step {probed.first_s:.1f} s"
         tell("speed", f"{speed} a step, MFU {mfu} ({first})")
-        if plan.steps is not None:
-            seconds = plan.steps * probed.step_s
+        if run_size.steps is not None:
+            seconds = run_size.steps * probed.step_s
             tell("time", f"{format_duration(seconds)} of steps, without evaluation and saves")
 
     # Warnings.
-    hurts = warnings_of(plan, device=device, dtype=precision.name, seconds=seconds)
-    tell("warning", *warnings_at_start(plan), *hurts)
+    hurts = warnings_of(run_size, device=device, dtype=precision.name, seconds=seconds)
+    tell("warning", *warnings_at_start(run_size), *hurts)
     if not fits:
         remedy = "lower train.micro_batch (the loss stays the same with train.tokens_per_step set)"
         remedy += ', or set it to "auto"'
@@ -142,25 +142,25 @@ def preflight(
 
 
 def warnings_of(
-    plan: RunPlan, *, device: torch.device, dtype: str, seconds: float | None = None
+    run_size: RunSize, *, device: torch.device, dtype: str, seconds: float | None = None
 ) -> Iterator[str]:
     """Yield what will hurt the run, each with the remedy.
 
     The vocabulary of its config is set; ``dtype`` is a name of `fasttrain.device.Precision`;
     ``seconds`` is how long the run will take, where that is known.
     """
-    config, train = plan.config, plan.train
+    config, train = run_size.config, run_size.train
     model, seq_len, warmup = config.model, config.data.seq_len, config.schedule.warmup_steps
     assert model.vocab_size is not None
     cuda = device.type == "cuda"
     head_dim = model.head_dim or model.dim // model.n_heads
     window = model.sliding_window_tokens
     # What is not known is no reason to warn.
-    steps = math.inf if plan.steps is None else plan.steps
-    n_steps = counted(plan.steps or 0, "step")
+    steps = math.inf if run_size.steps is None else run_size.steps
+    n_steps = counted(run_size.steps or 0, "step")
     tokens_per_parameter = math.inf
-    if plan.tokens is not None:
-        tokens_per_parameter = plan.tokens / plan.model.num_matmul_parameters()
+    if run_size.tokens is not None:
+        tokens_per_parameter = run_size.tokens / run_size.model.num_matmul_parameters()
     mean_document = math.inf
     if train is not None:
         mean_document = train.n_tokens / (train.n_documents or 1)
@@ -183,10 +183,10 @@ def warnings_of(
             f"{BEST_TOKENS:.0f} make the best of the compute: a smaller model will end better, or "
             "train for longer"
         )
-    if (plan.epochs or 0.0) > MANY_EPOCHS:
+    if (run_size.epochs or 0.0) > MANY_EPOCHS:
         yield (
-            f"{plan.epochs:.1f} epochs: beyond {MANY_EPOCHS:.0f} repeated text teaches less and "
-            "less; add text, or watch the validation loss"
+            f"{run_size.epochs:.1f} epochs: beyond {MANY_EPOCHS:.0f} repeated text teaches less "
+            "and less; add text, or watch the validation loss"
         )
     if warmup >= steps:
         yield (

@@ -10,47 +10,48 @@ from typing import cast
 import torch
 
 from fasttrain import checkpoint
-from fasttrain.command import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, record, redact
+from fasttrain.command import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, record
 from fasttrain.config import UserError, counted
-from fasttrain.data.files import DataError
 from fasttrain.device import ATTENTION
 from fasttrain.distributed.lockstep import call_ranks, hearing_ranks
-from fasttrain.engine.plan import RunPlan, warnings_at_start
+from fasttrain.engine.loop import Outcome, TrainingLoop
+from fasttrain.engine.run_size import RunSize, warnings_at_start
 from fasttrain.engine.state import RunState
-from fasttrain.engine.trainer import Outcome, Trainer
 from fasttrain.log.console import Console, format_count, format_duration
 from fasttrain.model.transformer import Transformer
+from fasttrain.redact import redact
 from fasttrain.run.folder import RunFolder
 from fasttrain.run.signals import ECHO_S, end_at_once, stop_signals
+from fasttrain.storage import DataError
 
 # Seconds from a signal to the moment from which the step under way is given up. The first step
 # compiles for as long as a minute; later ones, batches of evaluation and samples take less.
 PATIENCE_COMPILING_S, PATIENCE_S = 1.0, 8.0
 
 
-def train_to_end(trainer: Trainer, folder: RunFolder, started: float) -> int:
+def train_to_end(loop: TrainingLoop, folder: RunFolder, started: float) -> int:
     """Train to the end or to a signal; say how it ended and return the exit status."""
-    state, world = trainer.state, trainer.world
+    state, world = loop.state, loop.world
     before = replace(state)
 
     def end(outcome: Outcome) -> int:
         if folder.console:
             wall_s = time.perf_counter() - started
-            show_end(folder.console, trainer, folder.path, outcome, wall_s, before)
+            show_end(folder.console, loop, folder.path, outcome, wall_s, before)
             if outcome == "done":
                 folder.end_record()
         if outcome == "stopped":
             return EXIT_STOPPED
-        return EXIT_DONE if trainer.saver.saved_at == state.step else EXIT_FAILED
+        return EXIT_DONE if loop.saver.saved_at == state.step else EXIT_FAILED
 
     def rescue() -> None:
         """Save the state from before a step that does not end, and end the process."""
         status = EXIT_FAILED
         try:
-            if not trainer.save_unfinished():
+            if not loop.save_unfinished():
                 return  # it ended after all
-            trainer.saver.close()  # waits for the copy
-            folder.note(f"{trainer.stop_reason}: the step under way was given up")
+            loop.saver.close()  # waits for the copy
+            folder.note(f"{loop.stop_reason}: the step under way was given up")
             status = end("stopped")
             folder.close()
         except Exception as error:
@@ -58,16 +59,16 @@ def train_to_end(trainer: Trainer, folder: RunFolder, started: float) -> int:
         end_at_once(status)
 
     signals = stop_signals(
-        stop=trainer.stop_for,
+        stop=loop.stop_for,
         rescue=rescue,
         patience_s=lambda: PATIENCE_S if state.first_step_s else PATIENCE_COMPILING_S,
         echo_s=ECHO_S if world.size > 1 else 0.0,
     )
     try:
         with signals as call, hearing_ranks(world, lambda r: call(f"rank {r} is to stop")):
-            outcome = trainer.fit()
+            outcome = loop.fit()
             try:
-                trainer.close()
+                loop.close()
             except checkpoint.CheckpointError as error:
                 if outcome == "done":
                     raise
@@ -81,19 +82,23 @@ def train_to_end(trainer: Trainer, folder: RunFolder, started: float) -> int:
         if isinstance(error, DataError):  # no fault of the state
             call_ranks(world)
             try:
-                trainer.recovery.look_and_save(trainer.train_loader, trainer.guard.rng)
+                loop.recovery.look_and_save(loop.train_loader, loop.guard.rng)
                 folder.note(f"saved: {checkpoint.resolve(folder.path, which='latest')}")
             except (UserError, FloatingPointError, OSError) as another:
                 folder.warn(str(another))
         return EXIT_FAILED
     finally:
         with contextlib.suppress(Exception):  # the error that is being raised has the reason
-            trainer.close()
+            loop.close()
 
 
-def describe(plan: RunPlan) -> dict[str, str]:
+def describe(run_size: RunSize) -> dict[str, str]:
     """Return in words what a run is made of, by label; of data only those that are there."""
-    config, step, model, train, val = plan.config, plan.shape, plan.model, plan.train, plan.val
+    config = run_size.config
+    step = run_size.shape
+    model = run_size.model
+    train = run_size.train
+    val = run_size.val
     m, loop = config.model, config.train
     n_matmul, flops_per_token = model.num_matmul_parameters(), model.flops_per_token()
     size = f"{model.num_parameters():,} parameters, {n_matmul:,} in matrix products"
@@ -104,48 +109,48 @@ def describe(plan: RunPlan) -> dict[str, str]:
         vocabulary, own = f"vocabulary {m.vocab_size:,}", train.vocab_size
         if own is not None and -(-own // 64) * 64 != m.vocab_size != own:
             vocabulary += f" of the model, {own:,} of the data"
-        dropped = plan.dropped_tokens
+        dropped = run_size.dropped_tokens
         outside = f" ({format_count(dropped)} in no sequence)" if dropped else ""
         tokens = f"{train.n_tokens:,} tokens to train on{outside}, {val.n_tokens:,} to validate"
         rows["data"] = f"{redact(named)}: {tokens}; {vocabulary}"
-    ranks = f" on each of {plan.n_ranks} ranks" if plan.n_ranks > 1 else ""
+    ranks = f" on each of {run_size.n_ranks} ranks" if run_size.n_ranks > 1 else ""
     micro = f"{step.n_micro} × {counted(step.rows, 'row')} × {config.data.seq_len}{ranks}"
     rows["step"], rows["run"] = f"{step.tokens:,} tokens: {micro}", f"{loop.hours} h"
-    if plan.tokens is not None:
-        epochs = "" if plan.epochs is None else f"{plan.epochs:,.2f} epochs, "
-        flops = f"{plan.tokens * flops_per_token:.3g} FLOPs"
-        length = f"{counted(plan.steps or 0, 'step')}, {format_count(plan.tokens)} tokens"
+    if run_size.tokens is not None:
+        epochs = "" if run_size.epochs is None else f"{run_size.epochs:,.2f} epochs, "
+        flops = f"{run_size.tokens * flops_per_token:.3g} FLOPs"
+        length = f"{counted(run_size.steps or 0, 'step')}, {format_count(run_size.tokens)} tokens"
         rows["run"] = f"{length}, {epochs}{flops}"
     elif loop.epochs is not None:
         rows["run"] = f"{loop.epochs:g} epochs of data that are not there"
     return rows
 
 
-def show_start(folder: RunFolder, trainer: Trainer) -> None:
+def show_start(folder: RunFolder, loop: TrainingLoop) -> None:
     """Show what is about to run, and warn of what will hurt it."""
-    console, state = folder.console, trainer.state
+    console, state = folder.console, loop.state
     assert console is not None
-    config, world, step = trainer.config, trainer.world, trainer.train_step
+    config, world, step = loop.config, loop.world, loop.train_step
     # How it computes
     modes = {"off": "eager", "c++": "blocks in C++"}
     compiled = modes.get(step.compile_mode, f"torch.compile ({step.compile_mode})")
-    name = trainer.saver.recorded["provenance"]["device"]
-    if trainer.device.type == "cpu":
+    name = loop.saver.recorded["provenance"]["device"]
+    if loop.device.type == "cpu":
         name += f" CPU, {counted(torch.get_num_threads(), 'thread')}"
-        if reason := trainer.resolved.why_not_cpp:
+        if reason := loop.resolved.why_not_cpp:
             compiled += f" ({reason})"
     if step.attention is not None:
         window = config.model.sliding_window_tokens or config.data.seq_len
         plain = config.data.attention_across_documents and window >= config.data.seq_len
         compiled += f" · {ATTENTION[step.attention] if plain else 'FlexAttention'}"
     # On what, and for how long
-    train, model = trainer.train_loader.dataset, cast(Transformer, step.model)
-    plan = RunPlan(config, model, train, trainer.val_dataset, world.size)
+    train, model = loop.train_loader.dataset, cast(Transformer, step.model)
+    run_size = RunSize(config, model, train, loop.val_dataset, world.size)
     by = "" if world.launcher == "torchrun" else f", started by {world.launcher}"
     rows = [("ranks", f"{world.size}{by} · {world.mode}: {world.why}")] if world.size > 1 else []
     rows += [
         ("device", f"{name} · {step.precision.name} · {compiled}"),
-        *describe(plan).items(),
+        *describe(run_size).items(),
         ("optimizer", f"{config.optim.name}, lr {config.optim.peak_lr:g}, {config.schedule.name}"),
         ("folder", str(folder.path)),
     ]
@@ -155,17 +160,22 @@ def show_start(folder: RunFolder, trainer: Trainer) -> None:
         left = "" if state.step != state.total_steps else ": nothing is left to train"
         rows.append(("resumed", f"{folder.source} at step {state.step:,}{left}"))
     console.panel("fasttrain", rows, "cyan")
-    for warning in warnings_at_start(plan):
+    for warning in warnings_at_start(run_size):
         console.warn(warning)
     if step.compile_mode not in modes:
         console.note("compiling: the first step waits for it")
 
 
 def show_end(
-    console: Console, trainer: Trainer, run_dir: Path, outcome: str, wall_s: float, before: RunState
+    console: Console,
+    loop: TrainingLoop,
+    run_dir: Path,
+    outcome: str,
+    wall_s: float,
+    before: RunState,
 ) -> None:
     """Show how a run ended, ``wall_s`` after its process began, from the state ``before``."""
-    state = trainer.state
+    state = loop.state
     n_steps, trained_s = state.step - before.step, state.trained_s - before.trained_s
     time = f"{format_duration(wall_s)} in all, {format_duration(trained_s)} in steps"
     tokens_s = (state.tokens - before.tokens) / max(trained_s, 1e-9)
@@ -181,7 +191,7 @@ def show_end(
         rows.append(("validation", f"{text}, accuracy {val['val_accuracy']:.1%}"))
     rows.append(("checkpoint", str(checkpoint.resolve(run_dir, which="latest"))))
     if outcome == "done":
-        prompt = next(iter(trainer.config.eval.prompts or ()), "")
+        prompt = next(iter(loop.config.eval.prompts or ()), "")
         tokenizer = "" if (run_dir / "tokenizer.json").is_file() else " --tokenizer PATH"
         command = f"python -m fasttrain.generate {shlex.quote(str(run_dir))}"
         rows.append(("generate", f"{command} --prompt={shlex.quote(prompt)}{tokenizer}"))

@@ -15,15 +15,14 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fasttrain import checkpoint
 from fasttrain.checkpoint import files as disk
 from fasttrain.checkpoint.files import Parent
-from fasttrain.checkpoint.mirror import Mirror
 from fasttrain.command import tell
 from fasttrain.config import TrainConfig, UserError, load_config
 from fasttrain.config.untrusted import read_regular, refuse_links
-from fasttrain.data.files import NoLocks, lock, names_at, parent_folder
 from fasttrain.distributed.world import World
 from fasttrain.log.console import Console
 from fasttrain.run.record import (
@@ -33,11 +32,16 @@ from fasttrain.run.record import (
     config_name,
     encoded,
     now,
+    parent_folder,
     read_record,
     record_at,
     write_record,
 )
 from fasttrain.run.resume import same_settings
+from fasttrain.storage import NoLocks, lock, names_at
+
+if TYPE_CHECKING:
+    from fasttrain.mirror import Mirror
 
 # In a run folder; files are opened without following links.
 WRITTEN_FOLDERS = ("checkpoints", "faults", "profile", "tensorboard", "wandb")
@@ -130,6 +134,8 @@ class RunFolder:
         else:
             path = new_run_dir(config, name, self._config_path)
         if address:
+            from fasttrain.mirror import Mirror
+
             self.mirror = Mirror(address, path, keep_last, note=self.note, warn=self.warn)
         new = not path.exists()
         self._held.enter_context(lock_run_dir(path))

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from fasttrain import __version__
-from fasttrain.command import redact
+from fasttrain.redact import redact
 
 PACKAGES = ("triton", "numpy", "tokenizers", "safetensors")
 _ROOT = Path(__file__).parents[2]  # of the checkout, where the package lies in one

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TypedDict, cast
 
 from fasttrain.checkpoint.files import STEP, Parent
-from fasttrain.command import redact
 from fasttrain.config import UserError, misfit
 from fasttrain.config.untrusted import can_be_path, json_object, open_regular, read_json
-from fasttrain.data.files import if_there, write_atomically
+from fasttrain.redact import redact
+from fasttrain.storage import if_there, write_atomically
 
 RUN_JSON = "run.json"
 
@@ -81,3 +81,10 @@ def began(run_dir: Path, record: Record | None) -> float:
         with suppress(ValueError, OverflowError):
             return datetime.fromisoformat(time).timestamp()
     return 0.0
+
+
+def parent_folder(run_dir: Path, recorded: str | Path) -> Path:
+    """Return the folder of a branch's parent: as it was ``recorded``, if it is gone beside it."""
+    named = Path(recorded)
+    beside = run_dir.absolute().parent / named.name
+    return beside if beside.is_dir() and not named.is_dir() else named

@@ -15,7 +15,7 @@ from fasttrain.log.sinks import check_packages
 from fasttrain.resolve import apply, resolve
 from fasttrain.run.ending import show_start, train_to_end
 from fasttrain.run.folder import RunFolder
-from fasttrain.run.setup import make_trainer
+from fasttrain.run.setup import make_loop
 from fasttrain.run.signals import interruptible
 
 
@@ -72,15 +72,15 @@ def run(
                 overwrite=overwrite,
             )
             config = folder.settled(config)
-            trainer = make_trainer(config, world, device, folder, allow_change, stop_at_step)
+            loop = make_loop(config, world, device, folder, allow_change, stop_at_step)
             if stop_at_step is not None:
-                if stop_at_step <= (step := trainer.state.step):
+                if stop_at_step <= (step := loop.state.step):
                     problem = f"the run is at step {step}; name a later step"
                     raise UserError(f"--stop-at-step {stop_at_step}: {problem}")
-                trainer.request_stop(stop_at_step)
+                loop.request_stop(stop_at_step)
             if folder.console:
-                show_start(folder, trainer)
-        status = train_to_end(trainer, folder, started)
+                show_start(folder, loop)
+        status = train_to_end(loop, folder, started)
         if status != EXIT_FAILED:
             stop(world)
         return status

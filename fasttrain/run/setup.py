@@ -1,4 +1,4 @@
-"""What one run needs, made in the order in which it is needed: read `make_trainer` first."""
+"""What one run needs, made in the order in which it is needed: read `make_loop` first."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -6,15 +6,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer
 
 from fasttrain import checkpoint
-from fasttrain.command import redact
 from fasttrain.config import TrainConfig, UserError, config_to_toml
-from fasttrain.corpus import build_default_corpus
 from fasttrain.data.dataset import TokenDataset, join
-from fasttrain.data.files import cache_folder, write_atomically
 from fasttrain.data.format import SPLITS, open_dataset
 from fasttrain.data.loader import Loader
 from fasttrain.data.order import LoaderOptions
@@ -22,14 +20,19 @@ from fasttrain.data.remote import ShardCache
 from fasttrain.data.tokenizer import encode, end_of_text_id, load_tokenizer
 from fasttrain.distributed.sharding import cut, make_sharded
 from fasttrain.distributed.world import World, choose_mode, facts_of_rank
+from fasttrain.engine.loop import TaskScorer, TrainingLoop
 from fasttrain.engine.optim import build_optimizers, state_bytes
-from fasttrain.engine.trainer import TaskScorer, Trainer
-from fasttrain.generate import beginnings, generate
+from fasttrain.engine.sampling import generate
 from fasttrain.model.transformer import Transformer
+from fasttrain.redact import redact
 from fasttrain.resolve import Resolved, resolve, resolve_compile, step_shape
 from fasttrain.run import resume as resuming
 from fasttrain.run.folder import RunFolder, check_disk
 from fasttrain.run.provenance import provenance
+from fasttrain.storage import cache_folder, write_atomically
+
+N_BEGINNINGS = 4  # prompts that samples begin with, if the config names none
+BEGINNING_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -46,15 +49,15 @@ class Splits:
         return {"train": self.train.facts, "val": self.val.facts}
 
 
-def make_trainer(
+def make_loop(
     config: TrainConfig,
     world: World,
     device: torch.device,
     folder: RunFolder,
     allow_change: Sequence[str],
     stop_at_step: int | None,
-) -> Trainer:
-    """Make the trainer of a run, restored from the checkpoint that it continues.
+) -> TrainingLoop:
+    """Make the loop of a run, restored from the checkpoint that it continues.
 
     Raises:
         UserError: something is missing or does not fit, on this rank or another.
@@ -94,7 +97,7 @@ def make_trainer(
     sampler = None
     if config.eval.prompts and splits.tokenizer:
         sampler = partial(_sample, config, splits.tokenizer)
-    trainer = Trainer(
+    loop = TrainingLoop(
         model,
         optimizers,
         resolved,
@@ -108,14 +111,14 @@ def make_trainer(
         mirror=folder.mirror,
     )
     if source is not None:
-        restore(trainer, source, folder)
+        restore(loop, source, folder)
     elif not folder.new:  # what a run that was never saved has left
-        trainer.reporter.drop_after(0)
+        loop.reporter.drop_after(0)
     if world.leads:
         folder.drop_newer()
         write_atomically(folder.path / "config.toml", config_to_toml(config, redact).encode())
-        folder.begin_record(trainer.state.step)
-    return trainer
+        folder.begin_record(loop.state.step)
+    return loop
 
 
 # ---- data ----------------------------------------------------------------------------------------
@@ -132,9 +135,12 @@ def open_splits(
     """Open or build the dataset; return the config with its vocabulary, and the splits."""
     data, vocab_size = config.data, config.model.vocab_size
     cache = cache_folder(data.cache_dir)
-    paths: Sequence[str | Path] = data_paths(config) or [
-        build_default_corpus(vocab_size=data.corpus_vocab_size, cache_dir=cache, report=report)
-    ]
+    paths: Sequence[str | Path] = data_paths(config)
+    if not paths:
+        from fasttrain.prepare.corpus import build_default_corpus
+
+        size = data.corpus_vocab_size
+        paths = [build_default_corpus(vocab_size=size, cache_dir=cache, report=report)]
     options: dict[str, Any] = {"dtype": data.dtype, "end_of_text": data.end_of_text}
     options |= {"vocab_size": vocab_size, "cache_dir": cache}
     options["shard_cache"] = ShardCache(cache, data.cache_gib)
@@ -204,7 +210,7 @@ def choose_micro_batch(
         if source is not None:
             rows = source.config.train.micro_batch
         elif world.leads:
-            from fasttrain.engine.memory import best_micro_batch  # half a second of imports
+            from fasttrain.preflight.memory import best_micro_batch  # half a second of imports
 
             rows = best_micro_batch(config, world.size, device, report=folder.note)
     return replace(config, train=replace(config.train, micro_batch=world.share(rows)))
@@ -284,23 +290,35 @@ def prepare_folder(
         write_atomically(folder.path / "tokenizer.json", tokenizer_file)
 
 
-def restore(trainer: Trainer, source: checkpoint.Checkpoint, folder: RunFolder) -> None:
+def restore(loop: TrainingLoop, source: checkpoint.Checkpoint, folder: RunFolder) -> None:
     """Load the checkpoint that the run continues; warn if the learning rate will jump."""
     try:
-        trainer.saver.load(source.path)
+        loop.saver.load(source.path)
         if folder.decays:
-            resuming.begin_decay(trainer.state, trainer.config, source.path)
+            resuming.begin_decay(loop.state, loop.config, source.path)
         if folder.source is None:
-            trainer.saver.saved_at = None  # in this folder
+            loop.saver.saved_at = None  # in this folder
     except UserError:
-        trainer.close()
+        loop.close()
         raise
-    jump = resuming.lr_jump(source, trainer.config, trainer.state.total_steps)
-    if trainer.world.leads and jump and not folder.decays:
+    jump = resuming.lr_jump(source, loop.config, loop.state.total_steps)
+    if loop.world.leads and jump and not folder.decays:
         folder.warn(jump)
 
 
 # ---- samples and tasks ---------------------------------------------------------------------------
+
+
+def beginnings(dataset: TokenDataset, tokenizer: Tokenizer) -> tuple[str, ...]:
+    """Return the first words of some documents, evenly spread over a split, as distinct prompts."""
+    ends = dataset.document_ends
+    found = []
+    for number in np.linspace(0, len(ends) - 1, N_BEGINNINGS).astype(int).tolist():
+        begin = int(ends[number - 1]) if number else 0
+        ids = dataset.read(begin, min(int(ends[number]) - begin, BEGINNING_TOKENS)).tolist()
+        # The last character may be incomplete.
+        found.append(tokenizer.decode(ids).rstrip("\N{REPLACEMENT CHARACTER}"))
+    return tuple(dict.fromkeys(found))
 
 
 def _sample(
@@ -327,7 +345,7 @@ def make_task_scorer(
         return None
     if tokenizer is None:
         raise UserError("eval.tasks needs the dataset's tokenizer.json; there is none, so unset it")
-    from fasttrain.harness import HarnessModel, Stopped, load_tasks, scores
+    from fasttrain.evaluate.harness import HarnessModel, Stopped, load_tasks, scores
 
     tasks = load_tasks(config.eval.tasks, config.eval.tasks_path, quiet=True)
     batch_size = config.eval.batch_size or config.train.micro_batch

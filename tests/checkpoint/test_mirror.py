@@ -15,11 +15,12 @@ from typing import Any
 import fsspec
 import pytest
 
-from fasttrain.checkpoint import CheckpointError, CheckpointWriter, Mirror, resolve
+from fasttrain import storage as files
+from fasttrain.checkpoint import CheckpointError, CheckpointWriter, resolve
 from fasttrain.checkpoint.files import read_manifest
 from fasttrain.config import UserError
-from fasttrain.data import files
-from fasttrain.data.files import DataError
+from fasttrain.mirror import Mirror
+from fasttrain.storage import DataError
 from tests.checkpoint import test_sharded_checkpoint as sharded
 from tests.checkpoint.test_checkpoint_faults import groups, is_intact
 from tests.support.faults import Crash, flip_bit

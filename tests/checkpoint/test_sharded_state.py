@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from fasttrain.checkpoint import CheckpointWriter, load
 from fasttrain.config import DistributedConfig, ModelConfig, OptimConfig
 from fasttrain.distributed.world import World
-from fasttrain.engine.memory import measure_peak
+from fasttrain.preflight.memory import measure_peak
 from fasttrain.model.transformer import Transformer
 from fasttrain.engine.optim import build_optimizers
 from fasttrain.distributed.sharding import make_sharded, set_gradient_sync

@@ -23,7 +23,7 @@ from fasttrain.config import (
 )
 from fasttrain.config.keys import check_value, counted
 from fasttrain.data.loader import evaluation_batches
-from fasttrain.data.order import LoaderOptions, Plan
+from fasttrain.data.order import LoaderOptions, SampleOrder
 from fasttrain.device import resolve_precision
 from fasttrain.engine.optim import build_optimizers
 from fasttrain.engine.schedule import lr_at
@@ -110,7 +110,7 @@ def test_nor_is_a_way_of_batching_another_one(tmp_path: Path) -> None:
     dataset = write_tokens(tmp_path / "data", list(range(1, 30)), [29])
     options = LoaderOptions(batching="new", seq_len=4, micro_batch=2)
     with pytest.raises(ConfigError, match=r"data\.batching = .*new.* implemented"):
-        Plan(dataset, options)
+        SampleOrder(dataset, options)
     with pytest.raises(ConfigError, match=r"data\.batching = .*new.* implemented"):
         evaluation_batches(dataset, options, CPU)
 

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fasttrain.data.dataset import TokenDataset, join
-from fasttrain.data.files import DataError
 from fasttrain.data.format import open_dataset, write_dataset_json
 from fasttrain.data.loader import IGNORE_INDEX, Loader
-from fasttrain.data.order import GROUP, LoaderOptions, Plan, document_rows, document_starts
-from fasttrain.data.prepare.writer import ShardWriter
+from fasttrain.data.order import GROUP, LoaderOptions, SampleOrder, document_rows, document_starts
+from fasttrain.prepare.writer import ShardWriter
+from fasttrain.storage import DataError
 
 SEQ_LEN = 16
 BATCHING = ("packed", "sliding", "padded", "bucketed")
@@ -95,13 +95,15 @@ def test_document_rows_hold_every_target_of_every_document_once(dataset: TokenDa
 def test_R3_an_epoch_has_every_sample_once_and_the_next_another_order(
     dataset: TokenDataset, batching: str
 ) -> None:
-    plan = Plan(dataset, options_of(batching=batching, seed=3))
+    plan = SampleOrder(dataset, options_of(batching=batching, seed=3))
     n = plan.samples_per_epoch
     epochs = [plan.ids(epoch * n, n).tolist() for epoch in range(3)]
     for one, two in itertools.pairwise(epochs):
         assert sorted(one) == sorted(two) == list(range(n))
         assert one != two
-    assert epochs[0] != Plan(dataset, options_of(batching=batching, seed=4)).ids(0, n).tolist()
+    assert (
+        epochs[0] != SampleOrder(dataset, options_of(batching=batching, seed=4)).ids(0, n).tolist()
+    )
 
 
 @settings(max_examples=15)
@@ -115,7 +117,7 @@ def test_R28_any_stretch_of_the_order_is_that_of_the_whole(
     mix: TokenDataset, batching: str, first: int, cuts: list[int], weighted: bool
 ) -> None:
     weights = (0.3, 0.7) if weighted else ()
-    plan = Plan(mix, options_of(batching=batching, seed=1, weights=weights))
+    plan = SampleOrder(mix, options_of(batching=batching, seed=1, weights=weights))
     ids, (starts, counts) = plan.ids(first, sum(cuts)), plan.rows(first, sum(cuts))
     at = 0
     for cut in cuts:
@@ -129,7 +131,7 @@ def test_R28_any_stretch_of_the_order_is_that_of_the_whole(
 
 def test_sliding_windows_begin_every_stride(dataset: TokenDataset) -> None:
     for stride, expected in ((5, 5), (None, 8), (SEQ_LEN, SEQ_LEN)):
-        plan = Plan(dataset, options_of(batching="sliding", stride_tokens=stride))
+        plan = SampleOrder(dataset, options_of(batching="sliding", stride_tokens=stride))
         starts, counts = plan.rows(0, plan.samples_per_epoch)
         assert set(counts.tolist()) == {SEQ_LEN + 1}
         assert np.diff(np.sort(starts)).tolist() == [expected] * (len(starts) - 1)
@@ -262,4 +264,4 @@ def test_what_cannot_be_batched_is_refused(tmp_path: Path) -> None:
             rows_of(bare, **options)
     ones = write(tmp_path / "ones", [1] * 20)
     with pytest.raises(DataError, match=r"data\.batching = 'bucketed'.*/ones\b.*'packed'"):
-        Plan(ones, options_of(batching="bucketed"))
+        SampleOrder(ones, options_of(batching="bucketed"))

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from fasttrain import corpus
-from fasttrain.corpus import build_default_corpus
 from fasttrain.data.format import DataError, open_dataset
-from fasttrain.data.prepare import build as build_module
+from fasttrain.prepare import build as build_module
+from fasttrain.prepare import corpus
+from fasttrain.prepare.corpus import build_default_corpus
 
 
 @pytest.fixture
@@ -128,7 +128,7 @@ def test_a_build_that_fails_leaves_nothing(
 IS_KILLED_WHILE_BUILDING = """
 import signal, sys, sysconfig
 from pathlib import Path
-from fasttrain import corpus
+from fasttrain.prepare import corpus
 sysconfig.get_path = lambda name: sys.argv[2]
 corpus.MIN_BYTES = 1000
 def prepare(out, *_, **__):

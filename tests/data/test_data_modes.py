@@ -16,8 +16,8 @@ from fasttrain.config import load_config
 from fasttrain.data.format import open_dataset, write_dataset_json
 from fasttrain.data.loader import IGNORE_INDEX, Loader
 from fasttrain.data.order import LoaderOptions
-from fasttrain.data.prepare.writer import ShardWriter
 from fasttrain.data.tokenizer import byte_tokenizer, end_of_text_id
+from fasttrain.prepare.writer import ShardWriter
 from fasttrain.train import main
 from tests.support.toy import write_config
 
@@ -116,7 +116,7 @@ def test_every_mode_learns_and_goes_on_exactly_where_it_stopped(
         config = load_config(tmp_path / "runs/parts/config.toml")
         options = LoaderOptions.of(config, micro_batch=config.train.micro_batch)
         with Loader(open_dataset(data, "train"), options, device="cpu") as loader:
-            dropped = loader.plan.dropped_tokens
+            dropped = loader.order.dropped_tokens
             shown = re.search(rf"\({dropped} [^)]*\bsequence", log) is not None
             assert shown == (dropped > 0) == (mode == "padded")
             real = [int((batch.targets != IGNORE_INDEX).sum()) for batch in islice(loader, 20)]

@@ -9,8 +9,8 @@ import pytest
 
 from fasttrain.data import dataset as dataset_module
 from fasttrain.data.dataset import Shard, TokenDataset, join
-from fasttrain.data.files import DataError
 from fasttrain.data.format import open_dataset
+from fasttrain.storage import DataError
 from tests.support.toy_data import write_tokens
 
 

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from fasttrain.data import tokenizer as tokenizer_module
-from fasttrain.data.files import DataError
 from fasttrain.data.tokenizer import (
     BYTE_CHARACTERS,
     CODE_PATTERN,
@@ -23,6 +22,7 @@ from fasttrain.data.tokenizer import (
     char_tokenizer,
     train_bpe,
 )
+from fasttrain.storage import DataError
 
 pytest.importorskip("tiktoken", reason="needs the optional package tiktoken")
 

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fasttrain import storage as files
 from fasttrain.command import _open_closed_streams
-from fasttrain.data import files
 from fasttrain.data.dataset import HEADER_BYTES
-from fasttrain.data.files import DataError, NoLocks, cache_folder, lock, sync_folder
 from fasttrain.data.format import open_dataset
 from fasttrain.prepare import main as prepare
 from fasttrain.run import folder
+from fasttrain.storage import DataError, NoLocks, cache_folder, lock, sync_folder
 from fasttrain.train import main
 from tests.support.toy import write_config
 from tests.support.toy_trainer import rows

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from fasttrain.data import files
-from fasttrain.data.files import DataError, read_range, remote, shown
+from fasttrain import storage as files
+from fasttrain.storage import DataError, read_range, remote, shown
 from tests.support.faulty_server import FAULTS, FaultyServer, folder_upstream, serving
 
 pytest.importorskip("aiohttp", reason="needs the extra remote")

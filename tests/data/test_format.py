@@ -14,7 +14,7 @@ import pytest
 from fasttrain.config import UserError
 from fasttrain.data.dataset import TokenDataset
 from fasttrain.data.format import DataError, open_dataset, write_dataset_json
-from fasttrain.data.prepare.writer import ShardWriter
+from fasttrain.prepare.writer import ShardWriter
 
 VOCAB = 1000
 

@@ -24,8 +24,8 @@ from fasttrain.data.dataset import Shard
 from fasttrain.data.format import DataError, TokenDataset, open_dataset
 from fasttrain.data.loader import IGNORE_INDEX, Batch, Loader, Stored, evaluation_batches
 from fasttrain.data.order import LoaderOptions
-from fasttrain.data.prepare.writer import ShardWriter
 from fasttrain.model.attention import attention_mask
+from fasttrain.prepare.writer import ShardWriter
 
 N_TOKENS = 1000
 
@@ -61,7 +61,7 @@ def threads_end() -> Iterator[None]:
 def test_rows_are_the_windows_that_the_order_names(dataset: TokenDataset) -> None:
     with make(dataset) as loader:
         assert loader.samples_per_epoch == 99
-        assert loader.plan.dropped_tokens == N_TOKENS - 1 - 99 * 10
+        assert loader.order.dropped_tokens == N_TOKENS - 1 - 99 * 10
         for number in range(60):  # into the third epoch
             batch = next(loader)
             assert batch.tokens.dtype == batch.targets.dtype == torch.int64
@@ -291,7 +291,7 @@ def test_the_interpreter_ends_cleanly_without_close(dataset: TokenDataset) -> No
 
 def test_a_sequence_longer_than_the_data_is_refused(dataset: TokenDataset) -> None:
     with make(dataset, seq_len=999) as loader:
-        assert (loader.samples_per_epoch, loader.plan.dropped_tokens) == (1, 0)
+        assert (loader.samples_per_epoch, loader.order.dropped_tokens) == (1, 0)
     with pytest.raises(DataError, match=r"data\.seq_len = 1000\b.*\bdata\.seq_len\b.*\b999\b"):
         make(dataset, seq_len=1000)
 

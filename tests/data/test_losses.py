@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from fasttrain.data.files import DataError
-from fasttrain.data.prepare import build, writer
 from fasttrain.data.tokenizer import Encoder, Losses, byte_tokenizer, char_tokenizer, train_bpe
-from fasttrain.prepare import main, prepare
+from fasttrain.prepare import build, main, prepare, writer
+from fasttrain.storage import DataError
 
 LETTERS = {letter: number for number, letter in enumerate("abcdefghijklmnopqrstuvwxyz \n.")}
 

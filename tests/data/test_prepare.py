@@ -14,13 +14,12 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from fasttrain.data.files import DataError
 from fasttrain.data.format import open_dataset
-from fasttrain.data.prepare import build, inputs, sources
-from fasttrain.data.prepare.inputs import find_files, local_file
-from fasttrain.data.prepare.sources import Source, Splitter
 from fasttrain.data.tokenizer import Encoder, OtherIdsError, char_tokenizer, train_bpe
-from fasttrain.prepare import main, prepare
+from fasttrain.prepare import build, inputs, main, prepare, sources
+from fasttrain.prepare.inputs import find_files, local_file
+from fasttrain.prepare.sources import Source, Splitter
+from fasttrain.storage import DataError
 
 WORDS = ["the", "model", "reads", "", "line", "of", "words,", "12", "345", "tokens;", "naïve"]
 WORDS += ["“quotes”", "日本語", "🙂", "\t", "tabs"]

@@ -21,13 +21,12 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from fasttrain.data.files import DataError
 from fasttrain.data.format import open_dataset
-from fasttrain.data.prepare import sources
-from fasttrain.data.prepare.build import merge
-from fasttrain.data.prepare.inputs import find_files, local_file
-from fasttrain.data.prepare.sources import Source, Splitter
-from fasttrain.prepare import prepare
+from fasttrain.prepare import prepare, sources
+from fasttrain.prepare.build import merge
+from fasttrain.prepare.inputs import find_files, local_file
+from fasttrain.prepare.sources import Source, Splitter
+from fasttrain.storage import DataError
 from tests.support.toy import wait_until
 
 TEXTS = [f"document {n}: naïve “words”, 日本語 and a line\n" * (n + 1) for n in range(12)]

@@ -17,15 +17,14 @@ from unittest.mock import Mock
 import pytest
 from tokenizers import Tokenizer, models
 
-from fasttrain.data.files import DataError
 from fasttrain.data.format import open_dataset
-from fasttrain.data.prepare import build
-from fasttrain.data.prepare.build import merge
-from fasttrain.data.prepare.inputs import local_file
-from fasttrain.data.prepare.sources import Source
-from fasttrain.data.prepare.writer import ShardWriter
 from fasttrain.data.tokenizer import Encoder, OtherIdsError
-from fasttrain.prepare import prepare
+from fasttrain.prepare import build, prepare
+from fasttrain.prepare.build import merge
+from fasttrain.prepare.inputs import local_file
+from fasttrain.prepare.sources import Source
+from fasttrain.prepare.writer import ShardWriter
+from fasttrain.storage import DataError
 from tests.support.toy_mirror import At, Faulty
 
 
@@ -127,8 +126,8 @@ def test_each_file_is_in_one_part_and_parts_are_about_equal(tmp_path: Path) -> N
 COMMAND = """
 import os, signal, sys
 from fasttrain import prepare as command
-from fasttrain.data.prepare import build
-from fasttrain.data.prepare.writer import Partial
+from fasttrain.prepare import build
+from fasttrain.prepare.writer import Partial
 build.BATCH_CHARS, build.CHECKPOINT_S = 700, 0.0
 if "KILLED" in os.environ:  # behind its third checkpoint
     save, saves = Partial.save, []

@@ -13,15 +13,14 @@ from typing import Any
 
 import pytest
 
-from fasttrain.data import files
-from fasttrain.data.files import DataError
+from fasttrain import storage as files
 from fasttrain.data.format import open_dataset
-from fasttrain.data.prepare import build
-from fasttrain.data.prepare import inputs as inputs_module
-from fasttrain.data.prepare.build import merge
-from fasttrain.data.prepare.inputs import find_files
-from fasttrain.data.prepare.sources import Source
-from fasttrain.prepare import main, prepare
+from fasttrain.prepare import build, main, prepare
+from fasttrain.prepare import inputs as inputs_module
+from fasttrain.prepare.build import merge
+from fasttrain.prepare.inputs import find_files
+from fasttrain.prepare.sources import Source
+from fasttrain.storage import DataError
 from tests.support.faulty_server import (
     FAULTS,
     Answer,
@@ -493,9 +492,9 @@ def test_a_copy_goes_only_where_it_may(
 READ = """
 import re, sys
 from pathlib import Path
-from fasttrain.data.prepare.inputs import find_files
-from fasttrain.data.prepare.sources import Source
-from fasttrain.data.prepare.sources import Source
+from fasttrain.prepare.inputs import find_files
+from fasttrain.prepare.sources import Source
+from fasttrain.prepare.sources import Source
 files, _ = find_files(sys.argv[1:])
 n = sum(len(piece) for document in Source(files).documents() for piece in document.pieces())
 print(n, re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])

@@ -11,11 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from fasttrain.data.files import DataError
-from fasttrain.data.prepare import build
-from fasttrain.data.prepare.writer import Partial
 from fasttrain.data.tokenizer import char_tokenizer
-from fasttrain.prepare import main, prepare
+from fasttrain.prepare import build, main, prepare
+from fasttrain.prepare.writer import Partial
+from fasttrain.storage import DataError
 from tests.support.toy import alive, wait_until
 
 # Every operation that changes the disk is a point to be killed at. Processes are forked from one
@@ -24,7 +23,7 @@ KILL_EVERYWHERE = """
 import os, signal, sys
 from pathlib import Path
 from fasttrain import prepare as command
-from fasttrain.data.prepare import build
+from fasttrain.prepare import build
 
 build.BATCH_CHARS, build.CHECKPOINT_S = 2500, 0.0
 folder = Path(sys.argv[1])
@@ -101,8 +100,8 @@ def test_killed_at_every_operation_and_resumed_the_output_is_the_same(tmp_path: 
 WITH_WORKERS = """
 import os, signal, sys
 from fasttrain import prepare as command
-from fasttrain.data.prepare import build
-from fasttrain.data.prepare.writer import Partial
+from fasttrain.prepare import build
+from fasttrain.prepare.writer import Partial
 build.BATCH_CHARS, build.CHECKPOINT_S, build.WORKER_BYTES = 20_000, 0.0, 1
 if "STOPS" in os.environ:  # behind its first checkpoint
     save = Partial.save

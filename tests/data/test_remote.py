@@ -18,16 +18,17 @@ import numpy as np
 import pytest
 import torch
 
+from fasttrain import loader, remote
+from fasttrain import storage as files
 from fasttrain.config import load_config
-from fasttrain.data import files, loader, remote
 from fasttrain.data.dataset import Shard, TokenDataset, join
-from fasttrain.data.files import DataError
 from fasttrain.data.format import absent, open_dataset, write_dataset_json
 from fasttrain.data.loader import Batch, Loader
 from fasttrain.data.order import LoaderOptions
-from fasttrain.data.prepare.writer import ShardWriter
 from fasttrain.data.remote import ShardCache, beside, n_bytes
-from fasttrain.engine.plan import RunPlan, warnings_at_start
+from fasttrain.engine.run_size import RunSize, warnings_at_start
+from fasttrain.prepare.writer import ShardWriter
+from fasttrain.storage import DataError
 from tests.support.faulty_server import (
     FAULTS,
     FaultyServer,
@@ -224,7 +225,7 @@ def test_shards_are_fetched_ahead_in_the_order_of_their_use(
     there = opened(server, tmp_path / "cache")
     options = LoaderOptions(seq_len=15, micro_batch=1, seed=3, prefetch=1)
     with Loader(there, options, device="cpu") as found:
-        starts, _ = found.plan.rows(0, 1 + loader.AHEAD)
+        starts, _ = found.order.rows(0, 1 + loader.AHEAD)
         order = [f"train_{n // SHARD_TOKENS:06d}.bin" for s in starts for n in (s, s + 15)]
         expected = list(dict.fromkeys(order))
         assert len(expected) > 5
@@ -390,7 +391,7 @@ def test_a_cache_that_is_too_small_says_what_would_do(
     train = opened(server, tmp_path / "cache", gib=5 * SHARD_BYTES / GIB)
     assert n_bytes(train.shards) == N_SHARDS * SHARD_BYTES + 64, "documents end alike in all"
     config = load_config("base", [f"data.cache_gib={5 * SHARD_BYTES / GIB}"])
-    plan = RunPlan(config, cast(Any, None), None, None, 1)
+    plan = RunSize(config, cast(Any, None), None, None, 1)
     plan.train = train
     warnings = [w for w in warnings_at_start(plan) if "cache_gib" in w]
     told = r"\b8 micro-batches\b.*\b0\.001 GiB\b.*\b0\.001\b.*\bdata\.prefetch\b"

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from fasttrain.data.dataset import HEADER_BYTES, Shard, dtype_for
-from fasttrain.data.files import DataError, cache_folder
-from fasttrain.data.prepare.writer import ShardWriter
+from fasttrain.prepare.writer import ShardWriter
+from fasttrain.storage import DataError, cache_folder
 
 VOCAB = 1000
 

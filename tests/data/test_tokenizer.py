@@ -10,7 +10,6 @@ import pytest
 from tokenizers import Tokenizer
 
 from fasttrain.data import tokenizer as tokenizer_module
-from fasttrain.data.files import DataError
 from fasttrain.data.tokenizer import (
     CODE_PATTERN,
     TEXT_PATTERN,
@@ -21,6 +20,7 @@ from fasttrain.data.tokenizer import (
     load_tokenizer,
     train_bpe,
 )
+from fasttrain.storage import DataError
 
 
 @pytest.mark.parametrize("kind", ["bytes", "chars"])

@@ -20,7 +20,7 @@ from fasttrain.distributed.world import (
     facts_of_rank,
     start,
 )
-from fasttrain.engine.plan import RunPlan, warnings_at_start
+from fasttrain.engine.run_size import RunSize, warnings_at_start
 from fasttrain.resolve import step_shape
 from fasttrain.run.folder import RunFolder
 from tests.support.toy import write_config
@@ -57,7 +57,7 @@ def test_it_is_said_where_a_step_is_not_the_one_that_is_named(tmp_path: Path) ->
     def warnings(n_ranks: int, *overrides: str) -> list[str]:
         config = load_config(write_config(tmp_path), overrides)
         model: Any = None
-        return list(warnings_at_start(RunPlan(config, model, None, None, n_ranks)))
+        return list(warnings_at_start(RunSize(config, model, None, None, n_ranks)))
 
     assert warnings(1) == warnings(2, "train.tokens_per_step=64") == []
     (grows,) = warnings(2)

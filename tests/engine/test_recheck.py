@@ -14,10 +14,10 @@ from torch import Tensor
 from fasttrain.config import config_from_dict, load_config
 from fasttrain.data.loader import Batch
 from fasttrain.device import resolve_precision
+from fasttrain.engine.loop import TrainingLoop
 from fasttrain.engine.optim import build_optimizers
 from fasttrain.engine.saving import collect
 from fasttrain.engine.step import FINE, PERSISTENT, TRANSIENT, TrainStep
-from fasttrain.engine.trainer import Trainer
 from fasttrain.model.transformer import Transformer
 from fasttrain.resolve import resolve
 from tests.support import toy_trainer
@@ -181,7 +181,7 @@ RUN = ["model.dropout=0.1", "train.recheck_every_steps=7", "train.tokens_per_ste
 RUN += ["checkpoint.every_steps=3", "checkpoint.keep_last=9", "train.steps=9"]
 
 
-def run(folder: Path, passes: set[int], *keys: str) -> tuple[Trainer, list[str]]:
+def run(folder: Path, passes: set[int], *keys: str) -> tuple[TrainingLoop, list[str]]:
     """Build a run in whose step 7, which is run again, a bit flips in some passes; its warnings."""
     warnings: list[str] = []
     console = MagicMock(warn=warnings.append)

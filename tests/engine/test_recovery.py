@@ -14,7 +14,7 @@ from torch import Tensor
 from fasttrain.checkpoint import load, resolve
 from fasttrain.config import load_config
 from fasttrain.engine.faults import MAX_SKIPPED_IN_A_ROW
-from fasttrain.engine.trainer import Trainer
+from fasttrain.engine.loop import TrainingLoop
 from fasttrain.log.metrics import NormWatch
 from fasttrain.train import main
 from tests.support import toy_trainer
@@ -36,13 +36,13 @@ class Screen:
         return lambda *_, **__: None
 
 
-def build(toy: Path, *overrides: str, name: str | None = "run") -> Trainer:
+def build(toy: Path, *overrides: str, name: str | None = "run") -> TrainingLoop:
     config = load_config(toy, ["model.dropout=0.1", *overrides])
     run_dir = toy.parent / name if name else None
     return toy_trainer.build(config, run_dir, console=Screen())
 
 
-def resume(toy: Path, checkpoint: Path, *overrides: str) -> Trainer:
+def resume(toy: Path, checkpoint: Path, *overrides: str) -> TrainingLoop:
     config = load_config(toy, ["model.dropout=0.1", *overrides])
     return toy_trainer.resume(config, checkpoint, checkpoint.parents[1])
 

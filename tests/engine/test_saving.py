@@ -14,14 +14,14 @@ from fasttrain.checkpoint import CheckpointError
 from fasttrain.config import load_config
 from fasttrain.distributed.world import World
 from fasttrain.engine import trainer
+from fasttrain.engine.loop import HOURS_ESTIMATE_AT, TrainingLoop
 from fasttrain.engine.state import rng_state
-from fasttrain.engine.trainer import HOURS_ESTIMATE_AT, Trainer
 from fasttrain.run.resume import begin_decay
 from tests.support import toy_trainer
 from tests.support.faults import Faults
 
 
-def build(toy: Path, *overrides: str) -> Trainer:
+def build(toy: Path, *overrides: str) -> TrainingLoop:
     return toy_trainer.build(load_config(toy, overrides), toy.parent / "run")
 
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fasttrain.config import load_config
+from fasttrain.engine.loop import TrainingLoop
 from fasttrain.engine.step import TrainStep
-from fasttrain.engine.trainer import Trainer
 from fasttrain.model.transformer import Transformer
 from tests.support import toy_trainer
 from tests.support.toy import write_config
@@ -29,7 +29,7 @@ KEYS += ["train.steps=1000", "log.every_steps=100", "optim.name=muon", "optim.lr
 KEYS += ["train.ema_decay=0.9"]
 
 
-def build(folder: Path, *overrides: str, device: str = "cpu") -> Trainer:
+def build(folder: Path, *overrides: str, device: str = "cpu") -> TrainingLoop:
     config = load_config(write_config(folder), [*KEYS, f"run.device={device}", *overrides])
     return toy_trainer.build(config, device=device)
 
@@ -53,7 +53,7 @@ class HostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def readers(trainer: Trainer, n_steps: int) -> list[str]:
+def readers(trainer: TrainingLoop, n_steps: int) -> list[str]:
     with HostReads() as reads:
         for _ in range(n_steps):
             assert not trainer._step()

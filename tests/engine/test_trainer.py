@@ -97,7 +97,7 @@ def test_R11_a_time_limit_ends_the_run_with_a_checkpoint(
     """By a clock that goes on by 50 ms at each look: a step lasts 50 ms."""
     looks = itertools.count()
     clock = SimpleNamespace(perf_counter=lambda: 0.05 * next(looks))
-    monkeypatch.setattr("fasttrain.engine.trainer.time", clock)
+    monkeypatch.setattr("fasttrain.engine.loop.time", clock)
     values = ["train.steps=none", "train.hours=0.0006", "schedule.name='linear'"]
     trainer = build(load_config(toy, values), tmp_path / "run")
     assert trainer.fit() == "done"
@@ -134,7 +134,7 @@ def test_rows_say_how_far_the_run_is_whatever_its_horizon(
 ) -> None:
     looks = itertools.count()
     clock = SimpleNamespace(perf_counter=lambda: 0.05 * next(looks))
-    monkeypatch.setattr("fasttrain.engine.trainer.time", clock)  # a step lasts 50 ms
+    monkeypatch.setattr("fasttrain.engine.loop.time", clock)  # a step lasts 50 ms
     config = load_config(toy, ["train.steps=none", f"train.{horizon}", "log.every_steps=1"])
     trainer = build(config, tmp_path / "run")
     assert trainer.fit() == "done"

@@ -12,10 +12,10 @@ from fasttrain_kernels._torch import fake_tensors
 from torch import Tensor
 
 from fasttrain.device import resolve_precision
-from fasttrain.engine.memory import measure_peak
 from fasttrain.preflight import kernels as kernel_check
 from fasttrain.preflight.__main__ import main
 from fasttrain.preflight.kernels import CHOICES, check_kernels
+from fasttrain.preflight.memory import measure_peak
 
 CPU = torch.device("cpu")
 

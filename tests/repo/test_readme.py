@@ -76,11 +76,13 @@ def test_config_reference_is_up_to_date() -> None:
     assert given == config_reference().strip(), "run make report"
 
 
-def test_architecture_names_every_package() -> None:
+def test_architecture_names_every_package_and_module_of_the_top_folder() -> None:
     top = ROOT / "fasttrain"
-    folders = {path.parent.relative_to(top).as_posix() for path in top.rglob("*.py")} - {"."}
-    for folder in folders:
-        assert f"| `{folder}/` |" in PAGES["docs/architecture.md"], folder
+    names = {f"{path.parent.relative_to(top).as_posix()}/" for path in top.rglob("*.py")} - {"./"}
+    names |= {path.name for path in top.glob("*.py") if not path.name.startswith("__")}
+    tree = PAGES["docs/architecture.md"].partition("```text\nfasttrain/")[2].partition("```")[0]
+    for name in names:
+        assert re.search(rf"\b{re.escape(name)}(?=\s|$)", tree), name
 
 
 def test_recipes_name_files_that_exist() -> None:

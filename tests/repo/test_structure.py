@@ -4,7 +4,7 @@ import ast
 import re
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,23 +16,38 @@ PACKAGES = {
 }
 NOT_OURS = {"build", "dist", "runs", "__pycache__", "node_modules"}
 
-# The floors of fasttrain: what stands on one imports from those below alone. The other modules of
-# the top folder are commands, which import what they like.
+# The floors of fasttrain: a package or module imports from floors below its own alone.
 FLOORS = [
-    {"config", "printing"},
-    {"data", "device", "command"},
-    {"model", "log", "data.prepare"},
-    {"distributed", "report", "corpus"},
+    {"config", "printing", "redact"},
+    {"command", "device"},
+    {"storage"},
+    {"data"},
+    {"model", "log"},
+    {"distributed"},
     {"checkpoint", "resolve"},
-    {"engine", "generate"},
-    {"harness"},
-    {"run", "hf", "objective", "library_state"},
-    {"library", "diagnosis", "verify_resume"},
-    {"preflight"},
+    {"engine"},
+    {"run"},
+    # Tools: each is a command or an API of its own.
+    {"mirror", "prepare", "report", "generate"},
+    {"evaluate", "hf", "library"},
+    {"preflight", "verify_resume"},
+    # Entry points
+    {"train", "__main__"},
 ]
 HEIGHTS = {package: height for height, floor in enumerate(FLOORS) for package in floor}
+TOOLS = set().union(*FLOORS[9:12])
+# Where the core reaches up to a tool: within a function, so that a run without it never loads it.
+SEAMS = {
+    ("run.setup", "prepare.corpus"): "a config that names no data trains on the default text",
+    ("run.setup", "preflight.memory"): 'train.micro_batch = "auto"',
+    ("run.setup", "evaluate.harness"): "eval.tasks",
+    ("run.folder", "mirror"): "checkpoint.mirror",
+    ("train", "mirror"): "--resume ADDRESS",
+    ("train", "preflight.plan"): "--dry-run",
+    ("train", "verify_resume"): "--verify-resume",
+}
 # What of outside the packages may import: config before torch is loaded.
-LIGHT = {"config", "command"}
+LIGHT = {"config", "command", "printing", "redact"}
 KERNELS_MAY_IMPORT = {"torch", "triton"}
 # The distributions whose import name is not their own.
 IMPORT_NAMES = {"liger-kernel": "liger_kernel"}
@@ -63,10 +78,27 @@ MODULES = {
 }
 
 
+def is_for_types(node: ast.AST) -> bool:
+    """Return whether a node is ``if TYPE_CHECKING:``, whose imports no program runs."""
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+
+
+def walk(node: ast.AST) -> Iterator[ast.AST]:
+    """Yield a node and those below it, but for what only a type checker reads."""
+    if not is_for_types(node):
+        yield node
+        for child in ast.iter_child_nodes(node):
+            yield from walk(child)
+
+
 def imports_of(source: str, module: str, *, is_package: bool = False) -> set[str]:
     """Return the full names that a module imports, wherever in it: ``a.b`` for a submodule b."""
+    return _imports_in(walk(ast.parse(source)), module, is_package=is_package)
+
+
+def _imports_in(nodes: Iterable[ast.AST], module: str, *, is_package: bool = False) -> set[str]:
     found = set()
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -87,10 +119,8 @@ IMPORTS = {
 
 
 def package_of(module: str) -> str:
-    """Return a name of `FLOORS`: ``data`` for ``fasttrain.data.loader``; "" for others."""
-    parts = module.split(".")[1:]
-    names = [".".join(parts[:n]) for n in (2, 1)]
-    return next((name for name in names if name in HEIGHTS), "")
+    """Return a name of `FLOORS`: ``data`` for ``fasttrain.data.loader``; "" for the package."""
+    return module.partition(".")[2].partition(".")[0]
 
 
 OURS = [name for name in MODULES if name.startswith("fasttrain.") and package_of(name)]
@@ -101,11 +131,29 @@ def test_imports_lead_down(module):
     own = package_of(module)
     for name in IMPORTS[module]:
         other = package_of(name)
+        if (module.partition(".")[2], name.partition(".")[2]) in SEAMS:
+            continue
         if name.split(".")[0] == "fasttrain" and other != own:
             # The package itself is the version and lazy names; it loads nothing.
-            assert name == "fasttrain" or HEIGHTS.get(other, 99) < HEIGHTS[own], (module, name)
+            assert name == "fasttrain" or HEIGHTS[other] < HEIGHTS[own], (module, name)
         elif own in LIGHT and name.split(".")[0] != "fasttrain":
             assert name.split(".")[0] in sys.stdlib_module_names, (module, name)
+
+
+def test_the_core_loads_a_tool_only_within_a_function_at_a_named_place():
+    used = set()
+    for module in OURS:
+        if package_of(module) in TOOLS:
+            continue
+        tree = ast.parse(MODULES[module].read_text("utf-8"))
+        at_import = _imports_in(run_at_import(tree), module)
+        for name in IMPORTS[module]:
+            if package_of(name) in TOOLS:
+                place = (module.partition(".")[2], name.partition(".")[2])
+                assert place in SEAMS, f"{module} imports the tool {name}"
+                assert name not in at_import, f"{module} loads {name} when it is imported"
+                used.add(place)
+    assert used == set(SEAMS)
 
 
 def test_packages_have_no_circles():
@@ -171,6 +219,8 @@ def run_at_import(tree: ast.Module) -> Iterator[ast.AST]:
         node = open_ends.pop()
         yield node
         if isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'":
+            continue
+        if is_for_types(node):
             continue
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
             arguments = node.args
@@ -312,7 +362,9 @@ def test_the_checker_sees_unsafe_uses(source, n_shipped, n_others):
 
 def test_imports_are_resolved():
     source = "from . import step\nfrom ..data.loader import Loader\nimport torch.nn.functional as F"
-    found = imports_of(source, "fasttrain.engine.trainer")
+    found = imports_of(source, "fasttrain.engine.loop")
     assert found == {"fasttrain.engine.step", "fasttrain.data.loader", "torch.nn.functional"}
     assert imports_of("from . import device", "fasttrain", is_package=True) == {"fasttrain.device"}
     assert imports_of("from fasttrain import __version__", "fasttrain.x") == {"fasttrain"}
+    for_types = "if TYPE_CHECKING:\n    from fasttrain.mirror import Mirror"
+    assert imports_of(for_types, "fasttrain.x") == set()

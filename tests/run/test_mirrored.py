@@ -10,9 +10,9 @@ from urllib.request import urlopen
 
 import pytest
 
+from fasttrain import storage as files
 from fasttrain import verify_resume
-from fasttrain.checkpoint import Mirror
-from fasttrain.data import files
+from fasttrain.mirror import Mirror
 from fasttrain.train import main
 from tests.support import ranks
 from tests.support.faults import flip_bit

@@ -39,7 +39,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def here(sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     shutil.copy(sound / "toy.toml", tmp_path)
-    monkeypatch.setattr("fasttrain.data.files.PAUSE_S", 0)
+    monkeypatch.setattr("fasttrain.storage.PAUSE_S", 0)
     return tmp_path
 
 

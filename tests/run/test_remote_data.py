@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from fasttrain import checkpoint
-from fasttrain.data import files
+from fasttrain import storage as files
 from fasttrain.data.format import open_dataset
-from fasttrain.data.order import LoaderOptions, Plan
+from fasttrain.data.order import LoaderOptions, SampleOrder
 from fasttrain.train import main
 from tests.support.faulty_server import FaultyServer, folder_upstream, serving
 from tests.support.ranks import Job
@@ -51,7 +51,7 @@ def late_shard(samples: int, of_rank: int | None = None) -> tuple[str, int]:
     With ``of_rank`` it is a shard that this of two ranks, with two rows in a batch, needs first.
     """
     dataset = open_dataset("data", "train", cache_dir=Path("cache"))
-    starts, _ = Plan(dataset, LoaderOptions(seq_len=16, seed=7)).rows(0, 12 * samples)
+    starts, _ = SampleOrder(dataset, LoaderOptions(seq_len=16, seed=7)).rows(0, 12 * samples)
     uses: dict[int, list[int]] = {}
     for position, start in enumerate(starts.tolist()):
         for number in {start // SHARD_TOKENS, (start + 16) // SHARD_TOKENS}:

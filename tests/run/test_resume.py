@@ -16,8 +16,8 @@ from fasttrain import checkpoint, verify_resume
 from fasttrain.checkpoint.__main__ import main as checkpoint_main
 from fasttrain.config import UserError, load_config
 from fasttrain.data.format import write_dataset_json
-from fasttrain.data.prepare.writer import ShardWriter
 from fasttrain.data.tokenizer import byte_tokenizer, end_of_text_id
+from fasttrain.prepare.writer import ShardWriter
 from fasttrain.run import run as session
 from fasttrain.run.folder import newest_run_dir
 from fasttrain.run.resume import check_resumable, made_otherwise

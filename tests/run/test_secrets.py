@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from fasttrain import report
 from fasttrain.__main__ import COMMANDS
-from fasttrain.command import command, redact
+from fasttrain.command import command
 from fasttrain.config import (
     EvalConfig,
     LoopConfig,
@@ -24,6 +24,7 @@ from fasttrain.config import (
     config_from_dict,
     config_to_toml,
 )
+from fasttrain.redact import redact
 from fasttrain.run import setup as session
 from fasttrain.train import main
 from tests.support.toy import module_of, write_config
@@ -224,7 +225,7 @@ def test_R26_no_command_tells_a_secret_in_its_errors(
     if name == "evaluate":
         pytest.importorskip("lm_eval")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("fasttrain.data.files.PAUSE_S", 0)
+    monkeypatch.setattr("fasttrain.storage.PAUSE_S", 0)
     assert module_of(name).main(ARGUMENTS[name]) == 2
     out, err = capsys.readouterr()
     assert "https://host/x" in err if name == "prepare" else "***@host" in err

@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 
 from fasttrain import checkpoint, verify_resume
+from fasttrain import storage as files
 from fasttrain.config import UserError
-from fasttrain.data import files
-from fasttrain.data.files import DataError
 from fasttrain.data.loader import Loader
 from fasttrain.log.sinks import LogFile
 from fasttrain.run import setup as session
 from fasttrain.run.folder import check_disk, lock_run_dir
+from fasttrain.storage import DataError
 from fasttrain.train import main
 from tests.support.faults import Faults
 from tests.support.toy import ENV, ROOT

@@ -49,7 +49,7 @@ for kind in (FusedAdamW, Muon):
 assert p.grad is None and p[0, 0] < 1
 """
     loaded, trained = modules_after(code)
-    assert "fasttrain.engine.trainer" in loaded
+    assert "fasttrain.engine.loop" in loaded
     others = {"tensorboard", "wandb", "pyarrow", "transformers", "plotly"}
     ours = {f"fasttrain.{name}" for name in ("preflight", "prepare", "engine.memory", "report")}
     assert not loaded & (others | ours | set(COMPILER))

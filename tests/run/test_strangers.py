@@ -21,17 +21,17 @@ from fasttrain_kernels.cpu import _cache
 
 from fasttrain import report
 from fasttrain.checkpoint import files as disk
-from fasttrain.checkpoint.mirror import Mirror
 from fasttrain.config import UserError, load_config
 from fasttrain.config.trust import refuse_foreign_keys
 from fasttrain.config.untrusted import open_own, read_regular
-from fasttrain.corpus import build_default_corpus
-from fasttrain.data.files import DataError, NoLocks, beneath, file_system, put
 from fasttrain.data.format import fetch_description
-from fasttrain.data.prepare.build import prepare
 from fasttrain.data.remote import ShardCache
 from fasttrain.log.sinks import CsvLogger, JsonlLogger, LogFile, Sinks
+from fasttrain.mirror import Mirror
 from fasttrain.model.compiled import keep_compiled
+from fasttrain.prepare.build import prepare
+from fasttrain.prepare.corpus import build_default_corpus
+from fasttrain.storage import DataError, NoLocks, beneath, file_system, put
 from fasttrain.train import main
 from tests.support.toy import ROOT, write_config
 
@@ -211,7 +211,7 @@ def test_R36_whatever_is_in_place_of_the_default_text_is_replaced(
         def no_locks(*_: object, **__: object) -> int:
             raise NoLocks(37, "no locks")
 
-        monkeypatch.setattr("fasttrain.corpus.lock", no_locks)
+        monkeypatch.setattr("fasttrain.prepare.corpus.lock", no_locks)
     again = build_default_corpus(vocab_size=300, cache_dir=tmp_path / "cache")
     assert (again / "train_000000.bin").read_bytes() == sound
 
@@ -426,8 +426,8 @@ def test_R36_a_mirror_that_is_the_run_folder_by_another_name_is_refused(
     with pytest.raises(UserError, match=r"checkpoint\.mirror = \S+/alias: .*run\.out_dir"):
         mirror_of(run.parent.parent, "alias")
     # As by another mount of a network's disk, of which device and inode tell nothing
-    monkeypatch.setattr("fasttrain.checkpoint.mirror._is_same", lambda *_: False)
-    monkeypatch.setattr("fasttrain.checkpoint.mirror.refuse_links", lambda *_: None)
+    monkeypatch.setattr("fasttrain.mirror._is_same", lambda *_: False)
+    monkeypatch.setattr("fasttrain.mirror.refuse_links", lambda *_: None)
     before = sorted(run.rglob("*"))
     with pytest.raises(UserError, match=r"/alias/\S+ .*\brun folder\b"):
         mirror_of(run.parent.parent, "alias")._copy_new()

@@ -15,8 +15,8 @@ import numpy as np
 
 from fasttrain.config import ModelConfig, OptimConfig, ScheduleConfig, TrainConfig, load_config
 from fasttrain.data.format import write_dataset_json
-from fasttrain.data.prepare.writer import ShardWriter
 from fasttrain.data.tokenizer import byte_tokenizer, end_of_text_id
+from fasttrain.prepare.writer import ShardWriter
 
 ROOT = Path(__file__).parents[2]
 OPTIMIZERS, SCHEDULES, MLPS = (

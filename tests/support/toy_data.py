@@ -7,7 +7,7 @@ import numpy as np
 
 from fasttrain.data.dataset import TokenDataset
 from fasttrain.data.format import open_dataset, write_dataset_json
-from fasttrain.data.prepare.writer import ShardWriter
+from fasttrain.prepare.writer import ShardWriter
 
 
 def write_tokens(

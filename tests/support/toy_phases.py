@@ -19,8 +19,8 @@ import torch._dynamo  # the optimizers load it, for a second in each fork that h
 
 import fasttrain.engine.evaluation
 from fasttrain.checkpoint import load, resolve
+from fasttrain.engine.loop import TrainingLoop
 from fasttrain.engine.step import TrainStep
-from fasttrain.engine.trainer import Trainer
 from fasttrain.run import ending
 from fasttrain.run import setup as session
 from fasttrain.train import main
@@ -36,13 +36,13 @@ heard = threading.Event()
 
 
 def hear() -> None:
-    real = Trainer.stop_for
+    real = TrainingLoop.stop_for
 
-    def stop_for(self: Trainer, reason: str) -> None:
+    def stop_for(self: TrainingLoop, reason: str) -> None:
         real(self, reason)
         heard.set()
 
-    Trainer.stop_for = stop_for  # type: ignore[method-assign]
+    TrainingLoop.stop_for = stop_for  # type: ignore[method-assign]
 
 
 def stuck(told: Told) -> None:

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from fasttrain.engine.loop import TrainingLoop
 from fasttrain.engine.step import TrainStep
-from fasttrain.engine.trainer import Trainer
 from fasttrain.run import ending
 from fasttrain.run import setup as session
 from fasttrain.train import leave, main
@@ -40,16 +40,16 @@ class Spy:
             for fault in faults
             if fault.get("attempt", 0) == attempt and fault["rank"] in (rank, None)
         }
-        self.trainer: Trainer | None = None
+        self.trainer: TrainingLoop | None = None
         self.rows: list[list[str]] = []  # by step
         self.log: Path | None = None
         self._left = 0  # micro-batches of the step under way
-        self._real = session.Trainer, TrainStep.__call__, TrainStep.recheck, TrainStep._loss  # type: ignore[attr-defined]
+        self._real = session.TrainingLoop, TrainStep.__call__, TrainStep.recheck, TrainStep._loss  # type: ignore[attr-defined]
 
     def __enter__(self) -> "Spy":
         spy, (_, real_call, real_recheck, real_loss) = self, self._real
 
-        class Kept(Trainer):
+        class Kept(TrainingLoop):
             def __init__(self, *args: Any, **kwargs: Any) -> None:
                 super().__init__(*args, **kwargs)
                 spy.trainer = self
@@ -97,7 +97,7 @@ class Spy:
         self._set(*self._real)
 
     def _set(self, trainer: Any, call: Any, recheck: Any, loss: Any) -> None:
-        session.Trainer = trainer  # type: ignore[attr-defined]
+        session.TrainingLoop = trainer  # type: ignore[attr-defined]
         TrainStep.__call__ = call  # type: ignore[method-assign]
         TrainStep.recheck = recheck  # type: ignore[method-assign]
         TrainStep._loss = loss  # type: ignore[method-assign]

@@ -1,4 +1,4 @@
-"""A Trainer on the toy dataset, and batches that are made bad, shared by tests."""
+"""A TrainingLoop on the toy dataset, and batches that are made bad, shared by tests."""
 
 import hashlib
 import itertools
@@ -18,9 +18,9 @@ from fasttrain.data.format import open_dataset
 from fasttrain.data.loader import Loader
 from fasttrain.data.order import LoaderOptions
 from fasttrain.device import resolve_device
+from fasttrain.engine.loop import TrainingLoop
 from fasttrain.engine.optim import build_optimizers
 from fasttrain.engine.saving import collect
-from fasttrain.engine.trainer import Trainer
 from fasttrain.model.transformer import Transformer
 from fasttrain.resolve import resolve
 
@@ -34,8 +34,8 @@ def build(
     position: int = 0,
     device: str = "cpu",
     console: Any = None,
-) -> Trainer:
-    """Make a Trainer as a session does; tests/engine closes it, elsewhere whoever calls."""
+) -> TrainingLoop:
+    """Make a TrainingLoop as a session does; tests/engine closes it, elsewhere whoever calls."""
     assert config.data.path is not None
     train, val = (open_dataset(config.data.path, split) for split in ("train", "val"))
     torch.manual_seed(config.run.seed)
@@ -43,7 +43,7 @@ def build(
     model = Transformer(model_config, seq_len=config.data.seq_len)
     run_dir = run_dir or Path(config.data.path).parent / f"unnamed-{next(number)}"
     run_dir.mkdir(exist_ok=True)
-    trainer = Trainer(
+    trainer = TrainingLoop(
         model,
         build_optimizers(model, config.optim),
         resolve(config, resolve_device(config.run.device)),
@@ -61,8 +61,8 @@ def build(
     return trainer
 
 
-def resume(config: TrainConfig, checkpoint: Path, run_dir: Path | None = None) -> Trainer:
-    """Make a Trainer that goes on from a checkpoint, in a process whose past must not matter."""
+def resume(config: TrainConfig, checkpoint: Path, run_dir: Path | None = None) -> TrainingLoop:
+    """Make a loop that goes on from a checkpoint, in a process whose past must not matter."""
     state = json.loads((checkpoint / "state.json").read_text())
     trainer = build(config, run_dir, position=state["position"])
     torch.manual_seed(999)
@@ -76,7 +76,7 @@ def rows(run_dir: Path, kind: str = "train") -> list[dict[str, Any]]:
     return [row for row in map(json.loads, lines) if row["kind"] == kind]
 
 
-def digest(trainer: Trainer) -> str:
+def digest(trainer: TrainingLoop) -> str:
     """Return the SHA-256 of all that a run's future depends on: parameters, moments, RNG, …"""
     groups = collect(trainer.train_step)
     found = hashlib.sha256()
@@ -88,7 +88,7 @@ def digest(trainer: Trainer) -> str:
     return found.hexdigest()
 
 
-def batch_of(trainer: Trainer, step: int) -> Tensor:
+def batch_of(trainer: TrainingLoop, step: int) -> Tensor:
     """Return the tokens of the first micro-batch of a step, as the data's order has it."""
     loader = trainer.train_loader
     with loader.at((step - 1) * trainer.state.samples_per_step) as other:
@@ -96,7 +96,7 @@ def batch_of(trainer: Trainer, step: int) -> Tensor:
 
 
 def spoil(
-    trainer: Trainer,
+    trainer: TrainingLoop,
     steps: range | list[int],
     how: Callable[[Tensor], Tensor] = lambda loss: loss * math.nan,
 ) -> None:

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from fasttrain.config import ModelConfig, OptimConfig, UserError
 from fasttrain.device import resolve_precision
-from fasttrain.diagnosis import Diagnosis, diagnose
 from fasttrain.engine.optim import build_optimizers
 from fasttrain.model.transformer import Transformer
+from fasttrain.preflight.diagnosis import Diagnosis, diagnose
 
 V, T = 64, 16
 

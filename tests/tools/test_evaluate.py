@@ -21,7 +21,7 @@ from fasttrain.device import resolve_precision
 from fasttrain.evaluate import main
 from fasttrain.generate import generate, load_with_tokenizer
 from fasttrain.hf import export_model
-from fasttrain.report import page, panels, read_run
+from fasttrain.report.page import page, panels, read_run
 from fasttrain.train import main as train
 from tests.support.toy import ROOT, write_config
 from tests.support.toy_tasks import QUESTIONS, TEXTS, write_tasks
@@ -77,7 +77,7 @@ def make(folder: Path, kind: str = "bpe", style: str = "llama") -> Path:
 
 
 def ours(run: Path, **options: Any) -> Any:
-    from fasttrain.harness import HarnessModel
+    from fasttrain.evaluate.harness import HarnessModel
 
     model, tokenizer = load_with_tokenizer(run, CPU, "best", None)
     options = {"batch_size": 3, "precision": FP32, **options}
@@ -106,7 +106,7 @@ def test_scores_are_those_of_the_exported_model_under_lm_eval(
     pytest.importorskip("accelerate", reason="needs accelerate, as lm_eval --model hf does")
     from lm_eval.models.huggingface import HFLM
 
-    from fasttrain.harness import HarnessModel, load_tasks, scores
+    from fasttrain.evaluate.harness import HarnessModel, load_tasks, scores
 
     run = make(tmp_path / "run", kind, style)
     theirs = HFLM(pretrained=str(export_model(run, tmp_path / "out")), device="cpu", batch_size=2)
@@ -178,7 +178,7 @@ def test_what_the_tokenizer_cannot_say_is_refused(tmp_path: Path) -> None:
 
 
 def test_of_a_group_with_a_mean_the_mean_alone_counts(tasks: Path, tmp_path: Path) -> None:
-    from fasttrain.harness import load_tasks, scores
+    from fasttrain.evaluate.harness import load_tasks, scores
 
     lm = ours(make(tmp_path / "run"))
     found = [scores(lm.run(load_tasks([name], str(tasks)), None)) for name in ("mean", "choices")]
@@ -315,8 +315,8 @@ def test_training_scores_the_model_and_changes_in_nothing(tasks: Path, tmp_path:
 def test_scores_that_were_cut_off_are_made_up_for(
     tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fasttrain.engine.trainer import Trainer
-    from fasttrain.harness import HarnessModel
+    from fasttrain.engine.loop import TrainingLoop
+    from fasttrain.evaluate.harness import HarnessModel
 
     whole = trained(tmp_path, tasks, "whole", TASKS)
     score = HarnessModel._score
@@ -326,11 +326,11 @@ def test_scores_that_were_cut_off_are_made_up_for(
         return score(self, batch)
 
     trainers: list[Any] = []
-    made = Trainer.fit
-    monkeypatch.setattr(Trainer, "fit", lambda self: trainers.append(self) or made(self))
+    made = TrainingLoop.fit
+    monkeypatch.setattr(TrainingLoop, "fit", lambda self: trainers.append(self) or made(self))
     with monkeypatch.context() as patched:
         patched.setattr(HarnessModel, "_score", stop)
-        patched.setattr(Trainer, "_decide_together", lambda self: self.stop_at == 0)
+        patched.setattr(TrainingLoop, "_decide_together", lambda self: self.stop_at == 0)
         with pytest.raises(AssertionError):  # its status is not 0
             trained(tmp_path, tasks, "cut", TASKS)
     cut = tmp_path / "cut"
@@ -348,7 +348,7 @@ def test_scores_that_were_cut_off_are_made_up_for(
 def test_a_task_that_fails_does_not_end_the_run(
     tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fasttrain.harness import HarnessModel
+    from fasttrain.evaluate.harness import HarnessModel
 
     def fail(*_: Any) -> None:
         raise ValueError("it cannot be")

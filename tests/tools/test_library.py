@@ -67,7 +67,7 @@ def weights(model: nn.Module) -> Tensor:
 def test_the_package_gives_the_library() -> None:
     for name in ("Trainer", "TrainConfig", "load_config", "train_loop", "diagnose"):
         assert callable(getattr(fasttrain, name)), name
-    assert fasttrain.Trainer.__module__ == "fasttrain.library"
+    assert fasttrain.Trainer.__module__ == "fasttrain.library.trainer"
 
 
 def test_a_step_is_the_mean_over_all_target_tokens_however_they_are_batched() -> None:

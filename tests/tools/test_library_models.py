@@ -16,8 +16,8 @@ from fasttrain import Trainer, train_loop
 from fasttrain.config import UserError
 from fasttrain.distributed.sharding import evaluating
 from fasttrain.distributed.world import World
+from fasttrain.library.objective import signature_of
 from fasttrain.model.transformer import Transformer
-from fasttrain.objective import signature_of
 
 V = 6
 WEIGHT = torch.tensor([10.0, 1.0, 1.0, 0.1, 0.1, 5.0])

@@ -28,8 +28,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
 
 from fasttrain import Trainer
 from fasttrain.config import UserError, config_to_toml
-from fasttrain.library_state import decode, encode
-from fasttrain.report import read_run
+from fasttrain.library.state import decode, encode
+from fasttrain.report.page import read_run
 from fasttrain.run.folder import lock_run_dir
 
 V, T = 13, 5

@@ -15,13 +15,13 @@ from fasttrain.config import ConfigError, TrainConfig, UserError, load_config
 from fasttrain.data.loader import Loader
 from fasttrain.data.order import LoaderOptions
 from fasttrain.engine import memory
-from fasttrain.engine.memory import Probe, best_micro_batch, probe_step
-from fasttrain.engine.plan import RunPlan, warnings_at_start
+from fasttrain.engine.run_size import RunSize, warnings_at_start
 from fasttrain.engine.step import TrainStep
 from fasttrain.log.console import format_count
 from fasttrain.model.transformer import Transformer
 from fasttrain.preflight import plan as preflight_plan
 from fasttrain.preflight.__main__ import main
+from fasttrain.preflight.memory import Probe, best_micro_batch, probe_step
 from fasttrain.preflight.plan import diagnose_run, preflight, warnings_of
 from fasttrain.run.ending import describe
 from fasttrain.run.setup import open_splits
@@ -65,7 +65,7 @@ def test_it_tells_sizes_memory_and_time(lines: list[str], config_path: Path) -> 
 def test_parameters_and_flops_are_those_of_the_model(config_path: Path) -> None:
     config, *splits = open_splits(load_config(config_path), print)
     model = Transformer(config.model, seq_len=16)
-    rows = describe(RunPlan(config, model, *splits, 1))
+    rows = describe(RunSize(config, model, *splits, 1))
     assert rows["model"].startswith(f"{sum(p.numel() for p in model.parameters()):,} parameters")
     assert f"{format_count(model.flops_per_token())} FLOPs" in rows["model"]
 
@@ -86,7 +86,7 @@ def test_epochs_are_counted_as_the_loader_counts_them(
     overrides = ["train.steps=none", "train.epochs=2.5"]
     overrides += [f"data.{key}={value}" for key, value in options.items()]
     config, train, _ = open_splits(load_config(write_config(tmp_path), overrides), print)
-    plan = RunPlan(config, Transformer(config.model, seq_len=16), train, None, 1)
+    plan = RunSize(config, Transformer(config.model, seq_len=16), train, None, 1)
     with Loader(train, LoaderOptions(seq_len=16, **options), device=CPU) as loader:
         assert plan.steps == math.ceil(math.ceil(2.5 * loader.samples_per_epoch) / 4)
         assert plan.epochs == 4 * plan.steps / loader.samples_per_epoch
@@ -126,10 +126,10 @@ def dataset(**facts: Any) -> Any:
 
 def plan_of(
     config: TrainConfig, train: Any, val: Any = None, steps: int = 1000, epochs: float = 0.1
-) -> RunPlan:
+) -> RunSize:
     """Return a plan of a model that has ten parameters for each token of a step."""
     model: Any = SimpleNamespace(num_matmul_parameters=lambda: 10 * plan.shape.tokens)
-    plan = RunPlan(config, model, None, val, 1)
+    plan = RunSize(config, model, None, val, 1)
     plan.train, plan.steps, plan.epochs = train, steps, epochs
     return plan
 

@@ -19,7 +19,16 @@ from fasttrain.config import (
     load_config,
 )
 from fasttrain.library import Trainer
-from fasttrain.report import differences, facts, main, page, panels, provenance, read_run, smoothed
+from fasttrain.report.page import (
+    differences,
+    facts,
+    main,
+    moving_average,
+    page,
+    panels,
+    provenance,
+    read_run,
+)
 from tests.support.toy import write_config
 
 pytest.importorskip("plotly", reason="needs the extra report")
@@ -121,8 +130,8 @@ def test_the_smoothed_loss_is_a_mean_over_the_last_steps(tmp_path: Path) -> None
     run.train = [{"step": step, "loss": float(step)} for step in range(10, 110, 10)]
     run.train[6]["loss"] = None  # it was not finite
     # Steps 10 to 40 reach back by a quarter of them and find no line but their own.
-    assert smoothed(run, 20) == [10, 20, 30, 40, 45, 55, 60, 80, 85, 95]
-    assert smoothed(run, 1000)[-1] == (80 + 90 + 100) / 3 == 90
+    assert moving_average(run, 20) == [10, 20, 30, 40, 45, 55, 60, 80, 85, 95]
+    assert moving_average(run, 1000)[-1] == (80 + 90 + 100) / 3 == 90
 
 
 def test_the_table_has_dates_perplexity_and_accuracy(tmp_path: Path) -> None:

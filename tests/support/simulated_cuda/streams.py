@@ -19,7 +19,7 @@ from fasttrain.config import load_config
 from fasttrain.data.format import open_dataset
 from fasttrain.data.loader import Loader, evaluation_batches
 from fasttrain.data.order import LoaderOptions
-from fasttrain.engine.trainer import Trainer
+from fasttrain.engine.loop import TrainingLoop
 from tests.support.simulated_cuda.shim import (
     Stall,
     capturing,
@@ -190,7 +190,7 @@ def test_a_step_that_hangs_on_the_device_is_given_up(
     keys = [*TINY, *RUNS["gpt2"][1:], f"data.path={data}", "train.steps=9", "log.every_steps=9"]
     keys += ["run.device=cuda", "train.tokens_per_step=16", "train.on_spike=skip"]
 
-    def started(name: str) -> Trainer:
+    def started(name: str) -> TrainingLoop:
         config = load_config(ROOT / "configs/gpt2-124m.toml", keys)
         return build(config, tmp_path / name, device="cuda")
 

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from fasttrain.config import load_config
-from fasttrain.engine.trainer import Trainer
+from fasttrain.engine.loop import TrainingLoop
 from tests.support.simulated_cuda.shim import waits
 from tests.support.simulated_cuda.training import RUNS, TINY
 from tests.support.toy import OPTIMIZERS, ROOT, write_dataset
@@ -32,7 +32,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_dataset(tmp_path_factory.mktemp("data") / "tokens", n_val=100)
 
 
-def started(data: Path, config: str, *overrides: str) -> Trainer:
+def started(data: Path, config: str, *overrides: str) -> TrainingLoop:
     """Return a run that has made its first steps, which may fill tables and log."""
     keys = [*TINY, "train.tokens_per_step=16", *overrides, f"data.path={data}"]
     keys += ["log.every_steps=100", "train.steps=100", "run.device=cuda"]

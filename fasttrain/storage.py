@@ -1,4 +1,4 @@
-"""What every part of the data path needs of the file system."""
+"""Files, folders and addresses: caches, locks, atomic and synced writes, object stores."""
 
 import errno
 import hashlib
@@ -248,13 +248,6 @@ def beneath(folder: Path, address: str) -> Path:
     if all(re.fullmatch(r"[A-Za-z0-9_][\w.:-]{0,100}", part, re.ASCII) for part in parts):
         return folder.joinpath(*parts)
     return folder / hashlib.sha256(shown(address).encode()).hexdigest()[:32]
-
-
-def parent_folder(run_dir: Path, recorded: str | Path) -> Path:
-    """Return the folder of a branch's parent: as it was ``recorded``, if it is gone beside it."""
-    named = Path(recorded)
-    beside = run_dir.absolute().parent / named.name
-    return beside if beside.is_dir() and not named.is_dir() else named
 
 
 def clear_place(path: Path) -> None:

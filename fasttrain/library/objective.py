@@ -30,7 +30,7 @@ WEIGHTED_MEANS = (nn.CrossEntropyLoss, nn.NLLLoss, F.cross_entropy, F.nll_loss)
 IDS, MASK = ("input_ids", "target_ids", "labels"), "attention_mask"  # keys of a batch
 
 
-class Batch(NamedTuple):
+class PreparedBatch(NamedTuple):
     """A batch on the device."""
 
     tokens: Tensor  # int64 (B, T)
@@ -140,7 +140,7 @@ class Objective:
         index: int = option_of(self.criterion, "ignore_index", -100)
         return index
 
-    def prepare(self, batch: Any) -> Batch:
+    def prepare(self, batch: Any) -> PreparedBatch:
         """Check a batch, move it to the device and find its targets."""
         rest = by_key(batch)
         shapes = {name: tuple(rest[name].shape) for name in (*IDS, MASK) if name in rest}
@@ -180,9 +180,9 @@ class Objective:
         others = {k: moved(v) if isinstance(v, Tensor) else v for k, v in rest.items()}
         if "use_cache" in self.takes:  # of transformers: keys and values that nobody will use
             others.setdefault("use_cache", False)
-        return Batch(moved(tokens), targets, target_range, n_targets, is_new, others)
+        return PreparedBatch(moved(tokens), targets, target_range, n_targets, is_new, others)
 
-    def count(self, batch: Batch) -> float | Tensor:
+    def count(self, batch: PreparedBatch) -> float | Tensor:
         """Return what the loss of a step is divided by, of one batch.
 
         It is the number of targets that count, or the sum of their class weights.
@@ -205,7 +205,7 @@ class Objective:
     def _takes(self, name: str) -> bool:
         return name in self.takes or any(p.kind is p.VAR_KEYWORD for p in self.takes.values())
 
-    def loss_sum(self, _: nn.Module, batch: Batch, scale: Tensor) -> Tensor:
+    def loss_sum(self, _: nn.Module, batch: PreparedBatch, scale: Tensor) -> Tensor:
         """Return the summed loss of the targets that count, times ``scale``.
 
         It is the criterion of a `TrainStep`.
@@ -221,7 +221,7 @@ class Objective:
                 loss = loss + auxiliary.to(loss.device).mean() * (share * scale)
         return loss
 
-    def _forward(self, batch: Batch) -> tuple[Tensor, Any]:
+    def _forward(self, batch: PreparedBatch) -> tuple[Tensor, Any]:
         """Return the logits (N, V) of a batch, and all that the model returned."""
         hooked = register_module_forward_pre_hook
         with hooked(self._check_table) if batch.is_new else nullcontext():
@@ -252,7 +252,9 @@ class Objective:
                 "or a larger table, for positions shorter sequences"
             )
 
-    def _loss_sum(self, logits: Tensor, batch: Batch, scale: Tensor | None = None) -> Tensor:
+    def _loss_sum(
+        self, logits: Tensor, batch: PreparedBatch, scale: Tensor | None = None
+    ) -> Tensor:
         if self.criterion is None:
             return cast(Tensor, cross_entropy(logits, batch.targets, scale=scale, **self.options))
         factor = (

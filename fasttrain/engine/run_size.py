@@ -5,9 +5,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from fasttrain.config import TrainConfig, counted
-from fasttrain.data.dataset import TokenDataset
-from fasttrain.data.order import LoaderOptions, Plan
-from fasttrain.data.prepare.sources import FEW_VAL_TOKENS
+from fasttrain.data.dataset import FEW_VAL_TOKENS, TokenDataset
+from fasttrain.data.order import LoaderOptions, SampleOrder
 from fasttrain.data.remote import in_gib, n_bytes
 from fasttrain.engine.schedule import n_steps
 from fasttrain.model.transformer import Transformer
@@ -15,7 +14,7 @@ from fasttrain.resolve import step_shape
 
 
 @dataclass
-class RunPlan:
+class RunSize:
     """A run of ``n_ranks`` processes and its size, which follows from config and data alone."""
 
     config: TrainConfig
@@ -28,7 +27,7 @@ class RunPlan:
         loop, per_epoch, self.dropped_tokens = self.config.train, 0, 0  # which lie in no sequence
         self.shape = step_shape(loop, self.config.data.seq_len, self.n_ranks)
         if self.train is not None:
-            order = Plan(self.train, LoaderOptions.of(self.config))
+            order = SampleOrder(self.train, LoaderOptions.of(self.config))
             per_epoch, self.dropped_tokens = order.samples_per_epoch, order.dropped_tokens
         self.steps: int | None = None  # with ``train.hours``, or ``train.epochs`` of missing data
         if per_epoch or loop.epochs is None:
@@ -42,10 +41,10 @@ class RunPlan:
         return None if self.steps is None else self.steps * self.shape.tokens
 
 
-def warnings_at_start(plan: RunPlan) -> Iterator[str]:
+def warnings_at_start(run_size: RunSize) -> Iterator[str]:
     """Yield what to look at before a run begins, each with the remedy."""
-    config, train, val, n_ranks = plan.config, plan.train, plan.val, plan.n_ranks
-    loop, tokens = config.train, plan.shape.tokens
+    config, train, val, n_ranks = run_size.config, run_size.train, run_size.val, run_size.n_ranks
+    loop, tokens = config.train, run_size.shape.tokens
     if loop.tokens_per_step is None and n_ranks > 1:
         yield (
             f"train.tokens_per_step is unset, so that {n_ranks} ranks make a step of {tokens:,} "

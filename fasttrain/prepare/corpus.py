@@ -18,11 +18,11 @@ from pathlib import Path
 
 import tokenizers
 
-from fasttrain.data.files import DataError, cache_folder, clear_place, lock
 from fasttrain.data.format import DATASET_JSON, SPLITS, open_dataset
-from fasttrain.data.prepare.build import prepare
-from fasttrain.data.prepare.inputs import local_file
 from fasttrain.data.tokenizer import CODE_PATTERN
+from fasttrain.prepare.build import prepare
+from fasttrain.prepare.inputs import local_file
+from fasttrain.storage import DataError, cache_folder, clear_place, lock
 
 RECIPE = 1  # raise it when anything below changes the tokens
 PREFIX, LOCK = ".building-", "python-stdlib.lock"

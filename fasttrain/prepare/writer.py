@@ -28,12 +28,12 @@ from typing import Any, Literal, NotRequired, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
+from fasttrain import storage as store
 from fasttrain.config.untrusted import misfit, read_json
-from fasttrain.data import files as store
 from fasttrain.data.dataset import HEADER_BYTES, KINDS, MAX_SHARD_TOKENS, ShardInfo, dtype_for
-from fasttrain.data.files import DataError, is_address, remote, sha256_of, shown, write_atomically
 from fasttrain.data.format import DATASET_JSON, SPLITS, fetch_description, read_dataset_json
 from fasttrain.data.remote import beside
+from fasttrain.storage import DataError, is_address, remote, sha256_of, shown, write_atomically
 
 PREPARED_JSON = "prepared.json"
 ANEW = "start anew without --resume"

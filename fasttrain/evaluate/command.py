@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -42,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     model, tokenizer = load_with_tokenizer(options.run, device, options.which, options.tokenizer)
     from lm_eval.utils import make_table
 
-    from fasttrain.harness import HarnessModel, load_tasks
+    from fasttrain.evaluate.harness import HarnessModel, load_tasks
 
     names = [name for given in options.tasks for name in given.split(",") if name]
     tasks = load_tasks(names, options.include_path, n_fewshot=options.num_fewshot)
@@ -61,7 +60,3 @@ def main(argv: Sequence[str] | None = None) -> int:
             problem = f"--out {options.out}: cannot be written ({error.strerror})"
             raise UserError(f"{problem}; the table above holds the results") from error
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

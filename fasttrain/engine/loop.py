@@ -11,11 +11,10 @@ import time
 from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from fasttrain.checkpoint import Mirror
 from fasttrain.data.dataset import TokenDataset
 from fasttrain.data.loader import Loader
 from fasttrain.distributed.lockstep import SUSPENDED_S, Lockstep, call_ranks
@@ -33,6 +32,9 @@ from fasttrain.model.compiled import compile_cache_use, record_compiled
 from fasttrain.model.transformer import Transformer
 from fasttrain.resolve import Resolved
 
+if TYPE_CHECKING:
+    from fasttrain.mirror import Mirror
+
 # With train.hours the number of steps is estimated once, from the time that steps took up to here.
 HOURS_ESTIMATE_AT = 20
 
@@ -42,7 +44,7 @@ Sampler = Callable[[Transformer, int], tuple[str, str]]  # model, sample number 
 TaskScorer = Callable[[Transformer, Callable[[], bool]], dict[str, float] | None]
 
 
-class Trainer:
+class TrainingLoop:
     """Trains a model: steps, evaluation, samples, checkpoints and the log.
 
     The loader gives micro-batches of ``resolved.shape.rows`` rows; ``model`` is sharded where the

@@ -27,7 +27,7 @@ from fasttrain.checkpoint.files import MANIFEST, STEP, CheckpointError
 from fasttrain.checkpoint.reading import resolve, verify
 from fasttrain.config import UserError, counted
 from fasttrain.config.untrusted import json_object, read_regular, refuse_links
-from fasttrain.data.files import (
+from fasttrain.storage import (
     TRANSFER_S,
     file_system,
     if_there,

@@ -26,10 +26,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from fasttrain import library_state as states
 from fasttrain.checkpoint import CheckpointWriter, load, refuse_unsavable
 from fasttrain.checkpoint import resolve as resolve_checkpoint
-from fasttrain.command import EXIT_STOPPED, redact, tell
+from fasttrain.command import EXIT_STOPPED, tell
 from fasttrain.config import (
     LoopConfig,
     TrainConfig,
@@ -52,12 +51,14 @@ from fasttrain.engine.optim import (
 from fasttrain.engine.saving import collect
 from fasttrain.engine.schedule import n_stale
 from fasttrain.engine.step import EMPTY, FINE, TrainStep
+from fasttrain.library import state as states
+from fasttrain.library.objective import Criterion, Objective, together, without_compiler
 from fasttrain.log.console import Console
 from fasttrain.log.metrics import TrainingMetrics
-from fasttrain.log.sinks import Kind, Sinks, check_packages
+from fasttrain.log.sinks import RowKind, Sinks, check_packages
 from fasttrain.model.transformer import Transformer
-from fasttrain.objective import Criterion, Objective, together, without_compiler
 from fasttrain.printing import say
+from fasttrain.redact import redact
 from fasttrain.resolve import apply_numerics, resolve_custom
 from fasttrain.run.folder import (
     holds_run,
@@ -395,7 +396,7 @@ class Trainer:
         # A training that is under way
         self._told = ""  # to stop, on this rank: "stop", or a signal's name
         self._why = ""  # the signal, as all ranks know it
-        self._write: Callable[[Kind, dict[str, float]], None] = lambda *_: None
+        self._write: Callable[[RowKind, dict[str, float]], None] = lambda *_: None
         self._held = False  # whether the run folder is locked
         self._named_run_dir = self.run_dir  # by the caller; it may have moved to another one
         self._console = Console() if self.world.leads and not quiet else None
@@ -1064,7 +1065,7 @@ def train_loop(
         raise UserError(said) from error
     losses, steps = list[float](), list[int]()
 
-    def record(_: Kind, row: dict[str, float]) -> None:
+    def record(_: RowKind, row: dict[str, float]) -> None:
         if "loss" not in trainer.metrics.last():  # of a step without targets
             return
         losses.append(row["loss"])

@@ -28,15 +28,10 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from fasttrain import storage as store
 from fasttrain.config.keys import counted
-from fasttrain.data import files as store
-from fasttrain.data.dataset import BLOCK_TOKENS, TokenDataset
-from fasttrain.data.files import DataError, sha256_of, shown, write_atomically
+from fasttrain.data.dataset import BLOCK_TOKENS, FEW_VAL_TOKENS, TokenDataset
 from fasttrain.data.format import SPLITS, Split, open_dataset, write_dataset_json
-from fasttrain.data.prepare import sources
-from fasttrain.data.prepare.inputs import FORMATS, PLAIN, File, find_files, told
-from fasttrain.data.prepare.sources import Piece, Source, Splitter
-from fasttrain.data.prepare.writer import Asked, Note, Partial, ShardWriter, building, parts_of
 from fasttrain.data.remote import ShardCache
 from fasttrain.data.tokenizer import (
     TEXT_PATTERN,
@@ -47,7 +42,12 @@ from fasttrain.data.tokenizer import (
     load_tokenizer,
     train_bpe,
 )
+from fasttrain.prepare import sources
+from fasttrain.prepare.inputs import FORMATS, PLAIN, File, find_files, told
+from fasttrain.prepare.sources import Piece, Source, Splitter
+from fasttrain.prepare.writer import Asked, Note, Partial, ShardWriter, building, parts_of
 from fasttrain.printing import say
+from fasttrain.storage import DataError, sha256_of, shown, write_atomically
 
 RECIPE = 2  # raised when the same text is split or encoded in another way
 BPE_BYTES = 256 << 20  # a BPE is trained on at most that much; more text changes few merges
@@ -57,7 +57,7 @@ CHECKPOINT_S = 5.0  # work that an interruption can cost
 LINE_S = 15.0  # between lines of progress where there is no terminal
 
 # Pieces that are encoded together; how many bytes of the input were read by then.
-Batch = tuple[list[Piece], int]
+PieceGroup = tuple[list[Piece], int]
 Ids = list[NDArray[np.unsignedinteger[Any]]]
 _encoder: Encoder  # of a worker process
 
@@ -233,7 +233,7 @@ def publish(
             f"({100 * writer.n_bytes / max(n_bytes, 1):.3g} % of the text), "
             f"{writer.n_bytes / max(writer.n_tokens, 1):.2f} bytes a token"
         )
-    if n_val < sources.FEW_VAL_TOKENS and fraction != 0 and not is_part:
+    if n_val < FEW_VAL_TOKENS and fraction != 0 and not is_part:
         most = sources.MAX_VAL_FRACTION
         enough = fraction == "auto" or fraction >= most
         remedy = "add text" if enough else f"--val-fraction {most} holds out more"
@@ -280,7 +280,7 @@ def _sample(splitter: Splitter, bar: "Bar") -> Iterator[str]:
     bar.show("training the tokenizer", None)
 
 
-def _batches(splitter: Splitter) -> Iterator[Batch]:
+def _batches(splitter: Splitter) -> Iterator[PieceGroup]:
     pieces: list[Piece] = []
     n_chars = 0
     for piece in splitter.pieces():
@@ -294,8 +294,8 @@ def _batches(splitter: Splitter) -> Iterator[Batch]:
 
 
 def encoded(
-    batches: Iterator[Batch], encoder: Encoder, tokenizer_file: Path, workers: int
-) -> Generator[tuple[Batch, Ids]]:
+    batches: Iterator[PieceGroup], encoder: Encoder, tokenizer_file: Path, workers: int
+) -> Generator[tuple[PieceGroup, Ids]]:
     """Yield each batch with the ids of its pieces, in the same order by any number of workers."""
     if workers == 1:
         for batch in batches:
@@ -338,7 +338,7 @@ def _encode(texts: Sequence[str], around: Sequence[tuple[str, str]]) -> Ids:
     return _encoder.encode(texts, around)
 
 
-def _texts(batch: Batch) -> tuple[list[str], list[tuple[str, str]]]:
+def _texts(batch: PieceGroup) -> tuple[list[str], list[tuple[str, str]]]:
     """Return the text of each piece, and what stands before and after it."""
     pieces, _ = batch
     return [piece.text for piece in pieces], [(piece.before, piece.after) for piece in pieces]

@@ -9,7 +9,6 @@ and does not depend on how many processes made it, nor on how often they were in
 """
 
 import shlex
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,13 +18,13 @@ import numpy as np
 from fasttrain.command import check_system, command, make_parser, usable_cores
 from fasttrain.config.keys import counted
 from fasttrain.data.dataset import BLOCK_TOKENS
-from fasttrain.data.files import DataError, shown
 from fasttrain.data.format import DATASET_JSON, SPLITS, open_dataset, read_dataset_json
-from fasttrain.data.prepare.build import merge, prepare
-from fasttrain.data.prepare.inputs import FORMATS
-from fasttrain.data.prepare.sources import MAX_VAL_FRACTION, SMALL_BYTES, VAL_BYTES, VAL_FRACTION
 from fasttrain.data.tokenizer import load_tokenizer
+from fasttrain.prepare.build import merge, prepare
+from fasttrain.prepare.inputs import FORMATS
+from fasttrain.prepare.sources import MAX_VAL_FRACTION, SMALL_BYTES, VAL_BYTES, VAL_FRACTION
 from fasttrain.printing import say
+from fasttrain.storage import DataError, shown
 
 MOST_FREQUENT, SAMPLES, SAMPLE_TOKENS = 10, 3, 40  # shown by --inspect
 
@@ -131,7 +130,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         raise KeyboardInterrupt("; the same command with --resume goes on") from None
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

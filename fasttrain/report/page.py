@@ -8,9 +8,7 @@ Needs the extra ``report``: plotly for the page, matplotlib for the picture.
 import contextlib
 import html
 import importlib
-import io
 import math
-import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,12 +18,11 @@ from typing import Any, BinaryIO, NamedTuple, TypedDict
 
 import numpy as np
 
-from fasttrain.command import command, make_parser
 from fasttrain.config import TrainConfig, UserError, config_difference, config_to_toml, load_config
-from fasttrain.config.keys import counted, show
+from fasttrain.config.keys import show
 from fasttrain.config.untrusted import can_be_path, misfit, parse_json, read_regular
-from fasttrain.data.files import parent_folder, write_atomically
-from fasttrain.printing import printable, say
+from fasttrain.printing import printable
+from fasttrain.run.record import parent_folder
 
 SAMPLES_SHOWN = 4
 MAX_BYTES = 512 << 20  # of metrics.jsonl: a million rows
@@ -179,7 +176,7 @@ def window_steps(runs: Sequence[Run]) -> int:
     return max(1, round(float(f"{least:.1g}")))
 
 
-def smoothed(run: Run, n_steps: int) -> list[float]:
+def moving_average(run: Run, n_steps: int) -> list[float]:
     """Return at each line the mean of the logged losses of the last steps.
 
     Of the last ``n_steps``, and never of more than the last quarter: at first the loss falls fast.
@@ -213,7 +210,7 @@ def panels(runs: Sequence[Run]) -> list[Panel]:
             loss.append(Curve(n, run.before, _column(run.before, "loss"), "faint", "parent"))
         loss += (
             Curve(n, run.train, _column(run.train, "loss"), "faint"),
-            Curve(n, run.train, smoothed(run, n_steps), name="smoothed"),
+            Curve(n, run.train, moving_average(run, n_steps), name="smoothed"),
             Curve(n, run.evals, _column(run.evals, "val_loss"), "points", "validation"),
         )
     found = [Panel("loss, nats a token", loss, note=note)]
@@ -270,7 +267,7 @@ def facts(run: Run, n_steps: int) -> dict[str, str]:
         "steps": f"{last['step']:,}" + (f" ({done:.0%} of the run)" if done < 1 else ""),
         "tokens": _number(last.get("tokens"), ",.0f"),
         "minutes in steps": _number(last["minutes"], ".1f"),
-        "train loss, smoothed": _number(smoothed(run, n_steps)[-1]),
+        "train loss, smoothed": _number(moving_average(run, n_steps)[-1]),
         "train loss, last logged": _number(last["loss"]),
         "best validation loss": _number(best.get("val_loss")),
         "… at step": _number(best.get("step"), ",.0f"),
@@ -481,42 +478,3 @@ def _drawn(text: str) -> str:
     """
     text = printable(text).replace("$", r"\$")
     return f" {text}" if text.startswith("_") else text
-
-
-@command
-def main(argv: Sequence[str] | None = None) -> int:
-    """Write the report; return 0, or 2 on bad input."""
-    parser = make_parser("report", "Draw the curves of one or more runs.")
-    add = parser.add_argument
-    add("runs", nargs="+", type=Path, metavar="RUN", help="run folder")
-    where = "RUN/report.html; for several runs, report-RUN-RUN.html in the current folder"
-    add("--out", type=Path, help=f"HTML page; the PNG is put beside it (default: {where})")
-    add("--axis", choices=AXES, default="steps", help="x axis of the PNG")
-    options = parser.parse_args(argv)
-    runs = [read_run(path) for path in options.runs]
-    if len({run.name for run in runs}) < len(runs):
-        for run, path in zip(runs, options.runs, strict=True):
-            run.name = str(path)
-    names = "-".join(run.name.replace("/", "-").strip("-.") for run in runs)
-    one = options.runs[0] / "report.html" if len(runs) == 1 else None
-    out = options.out or one or Path(f"report-{names}.html")
-    if out.suffix.lower() == ".png":
-        raise UserError(f"--out {out}: is the page, and the PNG is put beside it; name it .html")
-    text, image = page(runs).encode(errors="backslashreplace"), io.BytesIO()
-    picture(runs, image, axis=options.axis)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        for path, content in ((out.with_suffix(".png"), image.getvalue()), (out, text)):
-            if options.out:
-                path.write_bytes(content)
-            else:  # a link in a run folder may lead anywhere: it is replaced
-                write_atomically(path, content)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{out}: {reason}; set another --out") from error
-    say(f"{out} and {out.with_suffix('.png').name}: {counted(len(runs), 'run')}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fasttrain.config import UserError, counted
-from fasttrain.objective import by_key, logits_of, shift
+from fasttrain.library.objective import by_key, logits_of, shift
 
 Status = Literal["pass", "warn", "fail"]
 

@@ -45,9 +45,9 @@ from tarfile import (  # type: ignore[attr-defined]
 from types import SimpleNamespace
 from typing import IO, Any, NamedTuple, Self, cast
 
+from fasttrain import storage as store
 from fasttrain.config.untrusted import json_object
-from fasttrain.data import files as store
-from fasttrain.data.files import DataError, is_address, read_range, remote, shown
+from fasttrain.storage import DataError, is_address, read_range, remote, shown
 
 LISTING_S = 600.0  # that a remote folder may take to be listed
 HEAD_BYTES = 1 << 16  # of a file's content, by which it is decided what it is

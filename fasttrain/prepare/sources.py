@@ -26,9 +26,8 @@ from numpy.typing import NDArray
 
 from fasttrain.config.keys import counted
 from fasttrain.config.untrusted import json_object
-from fasttrain.data.files import DataError
-from fasttrain.data.prepare import inputs
-from fasttrain.data.prepare.inputs import (
+from fasttrain.prepare import inputs
+from fasttrain.prepare.inputs import (
     ARCHIVES,
     KNOWN,
     PLAIN,
@@ -42,6 +41,7 @@ from fasttrain.data.prepare.inputs import (
     reading,
     unpacked,
 )
+from fasttrain.storage import DataError
 
 PIECE_CHARS = 1 << 18  # of a document: small enough to share out, large enough to lose no time
 CONTEXT_CHARS = 1024  # of the pieces beside one that its tokens may depend on
@@ -51,7 +51,6 @@ MAX_RECORD_BYTES = 256 << 20  # of a line, a record or a document that is held
 _CUT_LINE = re.compile(r"\n(?=\S)")
 _CUT_WORD = re.compile(r"(?<=\S)(?= \S)")
 
-FEW_VAL_TOKENS = 5_000  # to validate on: the loss of fewer says little
 # Held out where nobody says how much: 0.5 %, of a text that this is too little of 100 kB, which are
 # some 25,000 tokens, but never more than a tenth.
 VAL_FRACTION, VAL_BYTES, MAX_VAL_FRACTION = 0.005, 100_000, 0.1

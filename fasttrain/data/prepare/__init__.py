@@ -1,1 +1,0 @@
-"""Text to a dataset folder: inputs, documents, splits, encoding, shards."""
