@@ -66,7 +66,7 @@ class CheckpointWriter:
         world: World = _ALONE,
         patience_s: float = 600.0,
         warn: Callable[[str], None] = tell,
-        mirror: Mirror | None = None,
+        mirror: "Mirror | None" = None,
     ) -> None:
         self.folder, self.mirror = Path(folder), mirror
         self.keep_last, self.asynchronous = keep_last, asynchronous

@@ -64,7 +64,7 @@ class TrainingLoop:
         sampler: Sampler | None = None,
         score_tasks: TaskScorer | None = None,
         recorded: dict[str, Any] | None = None,
-        mirror: Mirror | None = None,
+        mirror: "Mirror | None" = None,
     ) -> None:
         # What is trained, on what, and where to
         config, device, world = resolved.config, resolved.device, resolved.world

@@ -40,7 +40,7 @@ class Reporter:
     samples_per_epoch: int
     run_dir: Path
     console: Console
-    mirror: Mirror | None
+    mirror: "Mirror | None"
     made_by: dict[str, Any] | None
 
     def __post_init__(self) -> None:

@@ -82,7 +82,7 @@ def test_architecture_names_every_package_and_module_of_the_top_folder() -> None
     names |= {path.name for path in top.glob("*.py") if not path.name.startswith("__")}
     tree = PAGES["docs/architecture.md"].partition("```text\nfasttrain/")[2].partition("```")[0]
     for name in names:
-        assert re.search(rf"\b{re.escape(name)}(?=\s|$)", tree), name
+        assert re.search(rf"\b{re.escape(name)}(?=\W)", tree), name
 
 
 def test_recipes_name_files_that_exist() -> None:
