@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 import torch
 
-from fasttrain import loader, remote
 from fasttrain import storage as files
 from fasttrain.config import load_config
+from fasttrain.data import loader, remote
 from fasttrain.data.dataset import Shard, TokenDataset, join
 from fasttrain.data.format import absent, open_dataset, write_dataset_json
 from fasttrain.data.loader import Batch, Loader

@@ -18,10 +18,10 @@ from fasttrain.data.loader import Batch
 from fasttrain.device import Precision, resolve_precision
 from fasttrain.distributed.sharding import shard
 from fasttrain.distributed.world import World, choose_mode, start, stop
-from fasttrain.engine import memory
 from fasttrain.engine.optim import build_optimizers
 from fasttrain.engine.step import TrainStep
 from fasttrain.model.transformer import Transformer
+from fasttrain.preflight import memory
 from fasttrain.preflight.__main__ import main as preflight_main
 from fasttrain.preflight.memory import estimate_memory, measure_peak
 from fasttrain.preflight.plan import scaling_lines, traffic

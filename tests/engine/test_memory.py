@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from fasttrain.config import TrainConfig, config_from_dict
-from fasttrain.engine import memory
 from fasttrain.engine.optim import build_optimizers
 from fasttrain.engine.step import TrainStep
 from fasttrain.model.transformer import Transformer
+from fasttrain.preflight import memory
 from fasttrain.preflight.memory import device_memory, estimate_memory, measure_peak, probe_step
 from fasttrain.resolve import Resolved, resolve
 

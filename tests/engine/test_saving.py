@@ -13,7 +13,7 @@ from fasttrain import checkpoint
 from fasttrain.checkpoint import CheckpointError
 from fasttrain.config import load_config
 from fasttrain.distributed.world import World
-from fasttrain.engine import trainer
+from fasttrain.engine import loop
 from fasttrain.engine.loop import HOURS_ESTIMATE_AT, TrainingLoop
 from fasttrain.engine.state import rng_state
 from fasttrain.run.resume import begin_decay
@@ -30,7 +30,7 @@ def test_R12_a_validation_loss_that_is_not_finite_hinders_no_save(
     loss: float, toy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     results = iter([4.0, loss, 3.0])
-    monkeypatch.setattr(trainer, "evaluate", lambda *_, **__: {"val_loss": next(results)})
+    monkeypatch.setattr(loop, "evaluate", lambda *_, **__: {"val_loss": next(results)})
     run = build(toy, "eval.every_steps=1", "checkpoint.every_steps=1", "train.steps=3")
     run.reporter.evaluation = lambda *_: None  # type: ignore[assignment, method-assign]
     assert run.fit() == "done"

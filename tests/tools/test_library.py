@@ -19,7 +19,7 @@ import fasttrain
 from fasttrain import Callback, TrainConfig, Trainer, checkpoint, train_loop
 from fasttrain.config import LogConfig, LoopConfig, RunConfig, UserError, config_from_dict
 from fasttrain.config.keys import Section
-from fasttrain.library import OBEYED
+from fasttrain.library.trainer import OBEYED
 
 V, T = 17, 6
 

@@ -14,11 +14,11 @@ import torch
 from fasttrain.config import ConfigError, TrainConfig, UserError, load_config
 from fasttrain.data.loader import Loader
 from fasttrain.data.order import LoaderOptions
-from fasttrain.engine import memory
 from fasttrain.engine.run_size import RunSize, warnings_at_start
 from fasttrain.engine.step import TrainStep
 from fasttrain.log.console import format_count
 from fasttrain.model.transformer import Transformer
+from fasttrain.preflight import memory
 from fasttrain.preflight import plan as preflight_plan
 from fasttrain.preflight.__main__ import main
 from fasttrain.preflight.memory import Probe, best_micro_batch, probe_step

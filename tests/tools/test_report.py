@@ -19,10 +19,10 @@ from fasttrain.config import (
     load_config,
 )
 from fasttrain.library import Trainer
+from fasttrain.report import main
 from fasttrain.report.page import (
     differences,
     facts,
-    main,
     moving_average,
     page,
     panels,

@@ -10,7 +10,7 @@ from fasttrain.checkpoint import load
 from fasttrain.checkpoint.files import history
 from fasttrain.command import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
 from fasttrain.config import load_config
-from fasttrain.engine import memory
+from fasttrain.preflight import memory
 from fasttrain.train import main
 from tests.support.simulated_cuda.shim import memory_limit, used
 from tests.support.simulated_cuda.training import CUDA, RUNS, TINY
