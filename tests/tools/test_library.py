@@ -618,7 +618,11 @@ def test_the_keys_that_are_said_to_be_obeyed_are_those_that_are_read(
         train={"steps": None, "epochs": 2}, eval={"every_steps": 2, "patience": 9},
         checkpoint={"every_steps": 4},
     )  # fmt: skip
-    for name in ("library._warn_of_ignored", "library.config_to_toml", "checkpoint.writer.parse"):
+    for name in (
+        "library.trainer._warn_of_ignored",
+        "library.trainer.config_to_toml",
+        "checkpoint.writer.parse",
+    ):
         monkeypatch.setattr(f"fasttrain.{name}", lambda *_: "")  # these read every key
     monkeypatch.setattr(Section, "__getattribute__", spy)
     model = toy()
