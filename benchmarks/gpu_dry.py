@@ -235,7 +235,7 @@ def compile_step(config: TrainConfig) -> Program:
         documents = None if config.data.attention_across_documents else starts
         written = written_by(lambda: step.loss_fn(tokens, tokens, documents, scale))
     assert len(written) == 2, f"{len(written)} graphs, not one forward and one backward"
-    return read(written)._replace(rounded=sum(c.numel() for c in step.copies.values()))
+    return read(written)._replace(rounded=sum(c.numel() for c in step.gradients.copies.values()))
 
 
 def written_by(call: Callable[[], Any]) -> list[str]:

@@ -123,7 +123,7 @@ class Recovery:
             raise FloatingPointError(self.reason(decision, loader))
 
     def _fetch_and_judge(self) -> tuple[list[StepNumbers], Decision]:
-        with self.guard.opened():
+        with self.guard.computing():
             steps, seconds = self.train_step.numbers(), self.train_step.clock.read()
         names = ("forward_backward", "optimizer", "communication")
         for name, spent_s in zip(names, seconds, strict=True):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from fasttrain.data.dataset import TokenDataset
-from fasttrain.data.loader import Loader
+from fasttrain.data.loader import Batch, Loader
 from fasttrain.distributed.lockstep import SUSPENDED_S, Lockstep, call_ranks
 from fasttrain.distributed.sharding import evaluating
 from fasttrain.engine.evaluation import evaluate
@@ -88,7 +88,6 @@ class TrainingLoop:
         state.limit_s = 3600 * (config.train.hours or math.inf)
         # What acts on the state
         self.guard = StateGuard(device)
-        step.before_update = self.guard.close
         self.lockstep = Lockstep(world, config.distributed.timeout_s)
         profiled = config.log.profile_steps if world.leads else ()
         self.profiler = StepProfiler(run_dir, profiled, device)
@@ -133,7 +132,7 @@ class TrainingLoop:
 
     def _decide_together(self) -> bool:
         """Learn, at the same step on all ranks, whether to stop and whether the time is over."""
-        with self.guard.opened():
+        with self.guard.computing():
             self.lockstep(stop=self.stop_reason is not None, time_over=self.state.left_s <= 0)
         if self.lockstep.stop:
             self.stop_reason = self.stop_reason or f"rank {self.lockstep.stopped_by} is to stop"
@@ -168,9 +167,8 @@ class TrainingLoop:
             except Exception as error:
                 # What ends this run may have ended the compiler as well, or another rank.
                 ended = state.first_step_s is None or self.world.size == 1
-                if not (ended and self.stop_reason and self.guard.is_open):
+                if not (ended and self.stop_reason and self.guard.interrupted):
                     raise
-                self.guard.close()
                 restore_rng(self.guard.rng, self.device)
                 self.request_stop()
                 self.console.warn(f"the step under way was given up: {error}")
@@ -202,29 +200,27 @@ class TrainingLoop:
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
-            with self.guard.opened():
+            with self.guard.computing():
                 torch.cuda.synchronize(self.device)
 
     def _step(self) -> bool:
         """Run and time one step; return whether its numbers are to be logged."""
         state, config = self.state, self.config
-        started, waited = time.perf_counter(), self.train_loader.wait_s
-        self.guard.begin(state.step, state.position, state.tokens)
-        batches = list(islice(self.train_loader, self.train_step.n_micro))  # fewer at the end
-        schedule, seq_len, peak = config.schedule, config.data.seq_len, config.optim.peak_lr
-        k = n_plateaus(state.val_losses, schedule.plateau_evals, config.eval.min_change)
-        state.lr = lr_at(state.step, state.horizon, schedule, peak, n_plateaus=k)
-        context = context_at(state.step, state.horizon, schedule, seq_len)
-        if context < seq_len and config.data.batching in ("packed", "sliding"):
-            batches = [batch.cut(context) for batch in batches]
-        every = config.train.recheck_every_steps
-        twice = every is not None and (state.step + 1) % every == 0
+        started_s = time.perf_counter()
+        waited_s = self.train_loader.wait_s
+        recheck_every = config.train.recheck_every_steps
+        recheck = recheck_every is not None and (state.step + 1) % recheck_every == 0
         with self.profiler.step(state.step + 1):
-            (self.train_step.recheck if twice else self.train_step)(batches, state.lr)
+            with self.guard.computing(state.step, state.position, state.tokens):
+                batches = self._next_batches()
+                computed = self.train_step.compute(batches, recheck=recheck)
+            state.lr = self._learning_rate()
+            self.train_step.update(computed, state.lr)
         # The step is issued: count it, and skip samples that are not trained on again. No sync.
         n_tokens = sum(batch.n_tokens for batch in batches)
-        state.tokens, state.fresh_tokens = state.tokens + n_tokens, state.fresh_tokens + n_tokens
-        wait_s = self.train_loader.wait_s - waited
+        state.tokens += n_tokens
+        state.fresh_tokens += n_tokens
+        wait_s = self.train_loader.wait_s - waited_s
         state.step += 1
         self.recovery.unseen.append(state.position)
         state.position += state.samples_per_step
@@ -233,10 +229,27 @@ class TrainingLoop:
         log = state.due(config.log.every_steps) or state.step in (1, HOURS_ESTIMATE_AT)
         if log or state.account.n_steady == HOURS_ESTIMATE_AT - 2:  # the pace is known after it
             self._synchronize()
-        elapsed = time.perf_counter() - started
-        state.trained_s += elapsed
-        state.account.add_step(elapsed, wait_s)
+        elapsed_s = time.perf_counter() - started_s
+        state.trained_s += elapsed_s
+        state.account.add_step(elapsed_s, wait_s)
         return log
+
+    def _next_batches(self) -> list[Batch]:
+        """Return the micro-batches of the next step: fewer at the end of the data."""
+        batches = list(islice(self.train_loader, self.train_step.n_micro))
+        config, state = self.config, self.state
+        seq_len = config.data.seq_len
+        context = context_at(state.step, state.horizon, config.schedule, seq_len)
+        if context < seq_len and config.data.batching in ("packed", "sliding"):
+            return [batch.cut(context) for batch in batches]
+        return batches
+
+    def _learning_rate(self) -> float:
+        """Return the learning rate of the next step."""
+        config, state = self.config, self.state
+        schedule = config.schedule
+        k = n_plateaus(state.val_losses, schedule.plateau_evals, config.eval.min_change)
+        return lr_at(state.step, state.horizon, schedule, config.optim.peak_lr, n_plateaus=k)
 
     def _look(self) -> list[StepNumbers] | None:
         """Act on the verdicts on the last steps; None: the run went back to a checkpoint."""
@@ -278,9 +291,13 @@ class TrainingLoop:
         self.lockstep.beat()
         every = config.eval.sample_every_steps
         if self.sampler and (state.due(every) or last) and not state.eval_due:
-            opened, measured = self.guard.opened(), state.account.measure("sample")
-            in_use, used = self.train_step.ema.in_use(), evaluating(self.model, self.world)
-            with in_use, opened, measured, used:  # the model continues the next of the prompts
+            with (
+                self.train_step.ema.in_use(),
+                self.guard.computing(),
+                state.account.measure("sample"),
+                evaluating(self.model, self.world),
+            ):
+                # The next of the prompts
                 prompt, text = self.sampler(self.model, state.step // every if every else 0)
             self.reporter.sample(prompt, text)
             self.lockstep.beat()
@@ -299,7 +316,7 @@ class TrainingLoop:
             return self._decide_together() and self.guard.is_open
 
         state.eval_due = True
-        with self.train_step.ema.in_use(), self.guard.opened(), state.account.measure("eval"):
+        with self.train_step.ema.in_use(), self.guard.computing(), state.account.measure("eval"):
             result = evaluate(self.train_step, self.val_dataset, self.config, should_stop)
             if result and score_tasks:
                 with evaluating(self.model, self.world):

@@ -170,15 +170,23 @@ def restore_rng(rng: Mapping[str, Tensor], device: torch.device) -> None:
 
 
 class StateGuard:
-    """Reserves the state of a run for the training thread, except while that only reads it.
+    """Reserves the state of a run for the training thread, except while that thread only reads it.
 
-    Forward and backward, evaluation and samples may last: a compiler runs, a disk hangs. Parameters
-    and moments are then still those of the last whole step, and another thread may take them over.
+    Forward and backward passes, evaluation and samples may take long: a compiler runs, a disk
+    hangs. Parameters and moments are then still those of the last whole step, and another thread
+    may take them over to save them:
+
+        training thread                         another thread (a watchdog)
+        with guard.training():
+            with guard.computing():
+                ...                             guard.take_over()  # from here on it may save
+            # waits here, until the process ends
     """
 
     def __init__(self, device: torch.device) -> None:
         self.rng: Tensors = {}  # at the beginning of what is being computed
         self.is_open = False  # whether the training thread only computes now
+        self.interrupted = False  # whether an exception ended what was computed last
         self._device = device
         self._begun: deque[tuple[Any, tuple[int, ...], Tensors]] = deque()
         self._lock = threading.Lock()
@@ -192,49 +200,52 @@ class StateGuard:
             try:
                 yield
             finally:
-                self.close()  # waits forever for a thread that has taken over, to end the process
                 self._training = False
 
-    def open(self) -> None:
-        """Begin to compute. Does nothing outside of `training`, where nobody else may save."""
-        if self._training and not self.is_open:
-            self.rng = rng_state(self._device)
-            self.is_open = True
-            self._lock.release()
+    @contextlib.contextmanager
+    def computing(self, *step: int) -> Iterator[None]:
+        """Let another thread take the state over while this block only reads it.
 
-    def begin(self, *where: int) -> None:
-        """Begin a step from the state ``where``; the device may come to it some steps later."""
-        self.open()
-        if self._device.type == "cuda":
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record()
-            self._begun.append((event, where, self.rng))
-            while len(self._begun) > 1 and self._begun[1][0].query():
-                self._begun.popleft()
+        Within another such block, and outside of `training` (where nobody else may save), this
+        does nothing. If another thread has taken over, the block never ends: the process does.
 
-    def close(self) -> None:
-        """End computing: the state is about to change."""
-        if self.is_open:
+        Args:
+            step: The state that a step begins from, which `beside` may yield later: a GPU may come
+                to the step when the host is some steps ahead.
+        """
+        if self.is_open or not self._training:
+            yield
+            return
+        self.rng = rng_state(self._device)
+        self.interrupted = False
+        self.is_open = True
+        self._lock.release()
+        try:
+            if step:
+                self._note_step(step)
+            yield
+        except BaseException:
+            self.interrupted = True
+            raise
+        finally:
             self._lock.acquire()
             self.is_open = False
 
-    @contextlib.contextmanager
-    def opened(self) -> Iterator[None]:
-        """Compute, or wait for the device or for other ranks, within a block."""
-        was_open = self.is_open
-        self.open()
-        try:
-            yield
-        finally:
-            if not was_open:
-                self.close()
+    def _note_step(self, step: tuple[int, ...]) -> None:
+        """Remember where a step begins on the device; forget those that it has done."""
+        if self._device.type == "cuda":
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record()
+            self._begun.append((event, step, self.rng))
+            while len(self._begun) > 1 and self._begun[1][0].query():
+                self._begun.popleft()
 
     @contextlib.contextmanager
     def beside(self) -> Iterator[tuple[int, ...] | None]:
         """Let this thread, which has taken over, work beside what hangs on the device.
 
-        Where the host has issued steps that the device has not come to, ``where`` of the last one
-        that it came to is yielded, with `rng` of that step. Otherwise None.
+        Yields None, except where the host has issued steps that the device has not come to: then
+        what `computing` was told of the last step that the device came to. `rng` is of that step.
         """
         if self._device.type != "cuda":
             yield None

@@ -14,8 +14,7 @@ Legend: B micro-batch rows, T sequence, D dim, V vocabulary.
 """
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -31,6 +30,7 @@ from fasttrain.data.loader import IGNORE_INDEX, Batch
 from fasttrain.distributed.sharding import replicate, set_gradient_sync, time_collectives
 from fasttrain.distributed.world import checksum
 from fasttrain.engine.ema import Ema
+from fasttrain.engine.gradients import Gradients
 from fasttrain.engine.optim import parameters_of, set_lr
 from fasttrain.engine.spikes import SpikeWindow
 from fasttrain.engine.state import restore_rng, rng_state
@@ -95,16 +95,29 @@ class StepNumbers(NamedTuple):
     grad_scale: float = 1.0  # of the next step
 
 
+class Computed(NamedTuple):
+    """What the forward and backward passes of a step have given; nothing is updated yet."""
+
+    loss: Tensor  # mean over the step's targets, alike on all ranks
+    norm: Tensor  # of the gradients, before clipping, alike on all ranks
+    gradients: Sequence[Tensor]  # multiples of `TrainStep.grad_scale`
+    outcome: int = FINE  # or what a recheck found: TRANSIENT, PERSISTENT
+
+
 class TrainStep:
     """The numbers of a run that live on the device, and the step that changes them.
 
+    Calling it runs a whole step: `compute`, which only reads the state, and `update`.
+
     Args:
-        resolved: the settings of the run, for its device and its ranks.
-        criterion: of a custom model, which is compiled in there if at all; its batches have
+        model: The model, on the device and sharded as ``resolved.world`` says.
+        optimizers: Of the model's parameters; those of other parameters are stepped too.
+        resolved: The settings of the run, for its device and its ranks.
+        criterion: Of a custom model, which is compiled in there if at all; its batches have
             ``targets``. None: our Transformer's loss, compiled as ``run.compile`` says.
-        n_micro: micro-batches of a step, of a custom model; None: as the config says.
-        ignore_index: the target that does not count.
-        count: returns what the loss of a step is divided by, of one batch: a number where the host
+        n_micro: Micro-batches of a step, of a custom model; None: as the config says.
+        ignore_index: The target that does not count.
+        count: Returns what the loss of a step is divided by, of one batch: a number where the host
             knows it, else a scalar on the device. None: the number of targets that count.
     """
 
@@ -119,83 +132,98 @@ class TrainStep:
         ignore_index: int = IGNORE_INDEX,
         count: Callable[[Any], Tensor | float] | None = None,
     ) -> None:
-        config, device, world = resolved.config, resolved.device, resolved.world
-        precision, sharded, loop = resolved.precision, world.sharded, config.train
-        self.world = world
-        self.model, self.optimizers = model, list(optimizers)
-        self.precision = precision
+        config = resolved.config
+        # What is trained, and how it is updated
+        self.world = resolved.world
+        self.model = model
+        self.optimizers = list(optimizers)
+        self.max_grad_norm = config.train.max_grad_norm
+        self.max_grad_value = config.train.max_grad_value
+        self.ema = Ema(model, config.train.ema_decay)
+        self.judges = True  # False: every step is made, whatever its numbers are
+
+        # The loss of a micro-batch
+        self.precision = resolved.precision
         self.attention = resolved.attention
-        self.max_grad_norm, self.max_grad_value = loop.max_grad_norm, loop.max_grad_value
-        self.ema = Ema(model, loop.ema_decay)
-        self.before_update: Callable[[], None] = lambda: None  # until then nothing has changed
         self.ignore_index = ignore_index
         self.count = count or self._count
-        self.judges = True  # False: every step is made, whatever its numbers are
-        self._is_custom = custom = criterion is not None
-        self.criterion = criterion or default_criterion(config, scaled=precision.scaled)
+        self._is_custom = criterion is not None
+        self.criterion = criterion or default_criterion(config, scaled=self.precision.scaled)
         self.objective = nn.ModuleDict({"model": model})
         self.objective.forward = partial(self.criterion, model)
         # A custom model is compiled by itself, if at all: not with the loss
-        self.compile_mode = "off" if custom else resolved.compile_mode
-        self.loss_fn: Callable[..., Tensor] = self._loss
+        self.compile_mode = "off" if self._is_custom else resolved.compile_mode
+        self.loss_fn: Callable[..., Tensor] = self._prepare_loss(resolved)
+        self._loss_of_rank = self.loss_fn  # on one rank: DDP's module calls it
         if n_micro is None:
             assert resolved.shape is not None
             n_micro = resolved.shape.n_micro
         self.n_micro = n_micro
-        accumulates = self.n_micro > 1
-        captures = self.compile_mode in ("cuda-graphs", "max-autotune")
-        # Copies in half precision of parameters, by name, of which gradients are taken in place of
-        # the parameters' own (`_round_once`)
-        self.copies: dict[str, Tensor] = {}
-        if isinstance(model, Transformer):
-            if config.run.fp8:
-                multiply_in_fp8(model, device)
-            prepare_blocks(
-                model,
-                activation_checkpointing=loop.activation_checkpointing,
-                mode=self.compile_mode,
-                sharded=sharded,
-                dtype=precision.compute,
-            )
-        if self.compile_mode not in ("off", "c++", "blocks"):
-            bias = config.model.bias
-            self.loss_fn = compile_function(self._loss, self.compile_mode, has_bias=bias)
-        self._loss_of_rank = self.loss_fn  # on one rank: DDP's module calls it
-        self._rounds_once = resolved.rounds_once and not custom
-        # Gradients that are zeroed, not dropped. DDP's would lie beside its buckets until the last
-        # micro-batch, and then in both; those of a CUDA graph in the graph's own pool, where the
-        # next micro-batch overwrites them. A custom model may leave some parameters unused, which
-        # then have no gradient, and are not decayed either.
-        outside = self._rounds_once or (captures and not sharded)
-        self.keeps_grads = accumulates and ((world.mode == "ddp" and not custom) or outside)
-        self.every: list[Tensor] = []  # all parameters of the model and the optimizers
-        self.parameters: list[Tensor] = []  # those that train, in the same order
-        # What gradients are taken of where they are kept, by the parameter's name in `objective`:
-        # parameters, or `copies` of them
-        self.leaves: dict[str, Tensor] = {}
-        self.clock = StepClock(device, n_phases=2)
-        self.network: nn.Module = model
+
+        # Its gradients, and their reduction over ranks
+        self.clock = StepClock(resolved.device, n_phases=2)
+        self.gradients = self._make_gradients(resolved)
+        self.network: nn.Module = model  # what reduces gradients: the model, or DDP's module
         self._replicated: list[int] = []  # the parameters that DDP reduces gradients of
         self._begin()
-        time_collectives(self.network, world, self.clock, accumulates=accumulates)
-        fp32: Any = {"dtype": torch.float32, "device": device}
-        # Of the last step: mean over its target tokens, norm before clipping, verdict
-        self.loss = torch.zeros((), **fp32)
-        self.norm = torch.zeros((), **fp32)
-        self.verdict = torch.zeros((), **fp32)
+        time_collectives(self.network, self.world, self.clock, accumulates=n_micro > 1)
+
+        # The numbers of the last steps
+        on_device: Any = {"dtype": torch.float32, "device": resolved.device}
+        self.loss = torch.zeros((), **on_device)
+        self.norm = torch.zeros((), **on_device)
+        self.verdict = torch.zeros((), **on_device)
         # The `StepNumbers` of the steps since `numbers` was called, up to its last row
-        self.history = torch.zeros(config.log.every_steps, len(StepNumbers._fields), **fp32)
+        self.history = torch.zeros(config.log.every_steps, len(StepNumbers._fields), **on_device)
         self.n_unread = 0
-        self.has_targets = torch.ones((), dtype=torch.bool, device=device)  # the step, on any rank
-        # What `has_targets` tells of this rank's batches, None where the host does not know it
+        # Whether the step has targets on any rank, and whether on this one (None: the host does
+        # not know)
+        self.has_targets = torch.ones((), dtype=torch.bool, device=resolved.device)
         self._known_targets: bool | None = None
-        # What gradients are multiples of, in fp16, which has few exponents, and the clean steps
+        # What gradients are multiples of, in fp16, which has few exponents; and the clean steps
         # since it changed
-        self.grad_scale = torch.full((), 2.0**16 if precision.scaled else 1.0, **fp32)
-        self.growth_tracker = torch.zeros((), dtype=torch.int32, device=device)
+        self.grad_scale = torch.full((), 2.0**16 if self.precision.scaled else 1.0, **on_device)
+        self.growth_tracker = torch.zeros((), dtype=torch.int32, device=resolved.device)
         self.window: SpikeWindow | None = None
-        if loop.on_spike != "off":
-            self.window = SpikeWindow(loop.spike_window_steps, loop.spike_sigmas, device)
+        if config.train.on_spike != "off":
+            n_steps = config.train.spike_window_steps
+            self.window = SpikeWindow(n_steps, config.train.spike_sigmas, resolved.device)
+
+    # ---- how it is made ------------------------------------------------------------------------
+
+    def _prepare_loss(self, resolved: Resolved) -> Callable[..., Tensor]:
+        """Set how our Transformer computes; return the loss of a micro-batch, perhaps compiled."""
+        config = resolved.config
+        if isinstance(self.model, Transformer):
+            if config.run.fp8:
+                multiply_in_fp8(self.model, resolved.device)
+            prepare_blocks(
+                self.model,
+                activation_checkpointing=config.train.activation_checkpointing,
+                mode=self.compile_mode,
+                sharded=self.world.sharded,
+                dtype=self.precision.compute,
+            )
+        if self.compile_mode in ("off", "c++", "blocks"):
+            return self._loss
+        return compile_function(self._loss, self.compile_mode, has_bias=config.model.bias)
+
+    def _make_gradients(self, resolved: Resolved) -> Gradients:
+        """Choose where the gradients of a step's micro-batches add up."""
+        is_ddp = self.world.mode == "ddp"
+        captures_graphs = self.compile_mode in ("cuda-graphs", "max-autotune")
+        rounds_once = resolved.rounds_once and not self._is_custom
+        accumulates = self.n_micro > 1
+        outside_autograd = rounds_once or (captures_graphs and not self.world.sharded)
+        # A custom model may leave some parameters unused, which then have no gradient, and are not
+        # decayed either: its gradients are dropped.
+        kept = accumulates and ((is_ddp and not self._is_custom) or outside_autograd)
+        return Gradients(
+            self.objective,
+            kept=kept,
+            added_here=kept and not is_ddp,
+            rounded_to=self.precision.compute if rounds_once else None,
+        )
 
     def _count(self, batch: Any) -> Tensor:
         n_targets: Tensor = (batch.targets != self.ignore_index).sum()
@@ -203,50 +231,10 @@ class TrainStep:
 
     def _loss(self, *inputs: Any) -> Tensor:
         with self.precision.autocast():
-            if self.copies:
-                loss: Tensor = functional_call(self.objective, self.copies, inputs)
+            if self.gradients.copies:
+                loss: Tensor = functional_call(self.objective, self.gradients.copies, inputs)
                 return loss
             return self.criterion(self.model, *inputs)
-
-    def _begin(self) -> None:
-        """See which parameters train now, and drop every gradient that is there already.
-
-        A gradient may be left by an exception in an earlier step, by a backward pass of the
-        caller's, or on a parameter that no optimizer holds.
-        """
-        own = {id(p): p for p in self.model.parameters()}
-        held = {id(p): p for optimizer in self.optimizers for p in parameters_of(optimizer)}
-        self.every = [*(own | held).values()]
-        training = {key for key, p in held.items() if p.requires_grad}
-        parameters = [p for p in self.every if id(p) in training]
-        if [*map(id, parameters)] != [*map(id, self.parameters)]:
-            self.parameters = parameters
-            self.ema.follow(parameters)
-            self._take_leaves(training)
-        if self.world.mode == "ddp":
-            self._replicate([key for key, p in own.items() if p.requires_grad])
-        self._drop_gradients()
-        if self.world.sharded:
-            drop_unreduced_gradients(self.model)
-
-    def _take_leaves(self, training: set[int]) -> None:
-        """Name what gradients are taken of, and make the copies of `_round_once`."""
-        named = self.objective.named_parameters()
-        self.leaves = {name: p for name, p in named if id(p) in training}
-        self.copies = {}
-        if self._rounds_once:
-            self._round_once()
-
-    def _round_once(self) -> None:
-        """Have a step round the blocks' matrices once for all of its micro-batches.
-
-        The bits are those of autocast, which rounds each time, and widens each gradient.
-        """
-        dtype = self.precision.compute
-        for name, p in self.leaves.items():
-            if name.startswith("model.blocks.") and p.ndim == 2:
-                self.copies[name] = torch.empty_like(p, dtype=dtype, requires_grad=True)
-        self.leaves |= self.copies
 
     def _replicate(self, requiring_grad: list[int]) -> None:
         """Wrap the model in DDP, anew where other parameters require a gradient than before.
@@ -267,56 +255,26 @@ class TrainStep:
             accumulates = self.n_micro > 1
             time_collectives(self.network, self.world, self.clock, accumulates=accumulates)
 
-    def _drop_gradients(self) -> None:
-        """Drop all gradients, but zero those that are kept from one step to the next."""
-        if not self.keeps_grads:
-            for p in self.every:
-                p.grad = None
-            return
-        kept = [p.grad for p in self.parameters if p.grad is not None]
-        if kept:
-            torch._foreach_zero_(kept)
-        training = set(map(id, self.parameters))
-        for p in self.every:
-            if id(p) not in training:
-                p.grad = None
-            elif p.grad is None:
-                p.grad = torch.zeros_like(p)
+    # ---- a step --------------------------------------------------------------------------------
 
-    def __call__(self, batches: Sequence[Any], lr: float | None) -> None:
+    @property
+    def parameters(self) -> list[Tensor]:
+        """The parameters that train: they require a gradient, and an optimizer holds them."""
+        return self.gradients.parameters
+
+    def __call__(self, batches: Sequence[Any], lr: float | None, *, recheck: bool = False) -> None:
         """Run one step over its micro-batches with learning rate ``lr``; None: the optimizers'."""
-        with self._owned():
-            self.clock.mark(0)
-            loss, grads = self._backward(batches)
-            self.clock.mark(1)
-            self._finish(*self._measure(loss, grads), grads, lr)
+        self.update(self.compute(batches, recheck=recheck), lr)
 
-    def recheck(self, batches: Sequence[Any], lr: float | None) -> None:
-        """As a call, but forward and backward run twice; no update is made where they differ.
+    def compute(self, batches: Sequence[Any], *, recheck: bool = False) -> Computed:
+        """Run forward and backward; parameters, moments and the step's numbers stay as they are.
 
-        Loss, norm and gradients are compared bit for bit. Where they differ on any rank, a third
-        time tells what happens once from what happens each time. Waits for the device.
+        Args:
+            batches: The micro-batches of this rank.
+            recheck: Run them twice, and compare loss, norm and gradients bit for bit. Where they
+                differ on any rank, a third run tells what happens once from what happens each
+                time, and `update` makes no update. Waits for the device.
         """
-        with self._owned():
-            self.clock.mark(0)
-            rng, seen = rng_state(self.loss.device), list[list[int]]()
-            for alike in (PERSISTENT, FINE, TRANSIENT):  # the verdict where it comes out as before
-                if seen:
-                    restore_rng(rng, self.loss.device)
-                    self._drop_gradients()
-                loss, grads = self._backward(batches)
-                measured = self._measure(loss, grads)
-                bits = torch.stack([*(checksum([t]) for t in measured), checksum(grads)]).tolist()
-                outcome = max(self.world.gather(alike if bits in seen else PERSISTENT))
-                if outcome == FINE:
-                    break
-                seen.append(bits)
-            self.clock.mark(1)
-            self._finish(*measured, grads, lr, outcome)
-
-    @contextmanager
-    def _owned(self) -> Iterator[None]:
-        """Begin a step without gradients, and leave none behind, whatever happens in between."""
         self._begin()
         if not self.parameters:
             raise UserError(
@@ -324,41 +282,89 @@ class TrainStep:
                 "would be trained; unfreeze some with requires_grad_()"
             )
         try:
-            yield
-        finally:
-            self._drop_gradients()
+            self.clock.mark(0)
+            computed = self._compute_again(batches) if recheck else self._compute(batches)
+            self.clock.mark(1)
+        except BaseException:
+            self.gradients.drop()
+            raise
+        return computed
 
-    def _backward(self, batches: Sequence[Any]) -> tuple[Tensor, list[Tensor]]:
+    def update(self, computed: Computed, lr: float | None) -> None:
+        """Judge the step, clip, update unless it is bad, and keep its numbers; drop gradients."""
+        try:
+            self.loss = computed.loss
+            self.norm = computed.norm
+            if computed.outcome == FINE:
+                self.verdict = self._judge()
+            else:
+                self.verdict = torch.full_like(self.loss, computed.outcome)
+            is_bad = (self.verdict != FINE).float()
+            self._update_parameters(computed.gradients, is_bad, lr)
+            self.ema.update(skipped=is_bad)
+            if self.precision.scaled:  # halve after an overflow, double after 2,000 clean steps
+                inf = torch.where(self.verdict >= SPIKE, 0.0, is_bad)
+                torch._amp_update_scale_(self.grad_scale, self.growth_tracker, inf, 2.0, 0.5, 2000)
+            self._note_numbers()
+            self.clock.mark(2)
+        finally:
+            self.gradients.drop()
+
+    def _begin(self) -> None:
+        """Begin without gradients, with the parameters that train now."""
+        if self.gradients.find_parameters(self.optimizers):
+            self.ema.follow(self.parameters)
+        if self.world.mode == "ddp":
+            self._replicate([id(p) for p in self.model.parameters() if p.requires_grad])
+        self.gradients.drop()
+        if self.world.sharded:
+            drop_unreduced_gradients(self.model)
+
+    def _compute(self, batches: Sequence[Any]) -> Computed:
+        loss, gradients = self._backward(batches)
+        loss, norm = self._measure(loss, gradients)
+        return Computed(loss, norm, gradients)
+
+    def _compute_again(self, batches: Sequence[Any]) -> Computed:
+        """Compute two or three times from the same random state; see `compute`."""
+        device = self.loss.device
+        rng = rng_state(device)
+        earlier: list[list[int]] = []  # the bits of each run before
+        for outcome_if_alike in (PERSISTENT, FINE, TRANSIENT):
+            if earlier:
+                restore_rng(rng, device)
+                self.gradients.drop()
+            computed = self._compute(batches)
+            parts = [[computed.loss], [computed.norm], computed.gradients]
+            bits = torch.stack([checksum(part) for part in parts]).tolist()
+            outcome = outcome_if_alike if bits in earlier else PERSISTENT
+            outcome = max(self.world.gather(outcome))  # the worst of all ranks
+            if outcome == FINE:
+                break
+            earlier.append(bits)
+        return computed._replace(outcome=outcome)
+
+    def _backward(self, batches: Sequence[Any]) -> tuple[Tensor, Sequence[Tensor]]:
         """Run forward and backward; return this rank's part of the loss, and the gradients.
 
         The gradients of the ranks, of which the mean is taken, are multiples of `grad_scale`.
         """
         n_targets = self._count_targets(batches)
-        summed = self.world.begin_sum(n_targets)
+        wait_for_sum = self.world.begin_sum(n_targets)
         loss = torch.zeros_like(self.loss)
-        if self.copies:
-            with torch.no_grad():
-                sources = map(self.objective.get_parameter, self.copies)
-                torch._foreach_copy_([*self.copies.values()], [*sources])
-        summed()
+        self.gradients.round_copies()
+        wait_for_sum()
         self.has_targets = n_targets > 0
         unit = self.grad_scale * self.world.size
         scale = unit / torch.where(self.has_targets, n_targets, 1)
         for n_left, batch in zip(reversed(range(len(batches))), batches, strict=True):
             set_gradient_sync(self.network, self.world, sync=n_left == 0)
-            ours = isinstance(batch, Batch)
-            inputs = (batch.tokens, batch.targets, batch.doc_starts) if ours else (batch,)
+            is_ours = isinstance(batch, Batch)
+            inputs = (batch.tokens, batch.targets, batch.doc_starts) if is_ours else (batch,)
             part = self.loss_fn(*inputs, scale)
-            if self.keeps_grads and self.world.mode != "ddp":
-                new = torch.autograd.grad(part, [*self.leaves.values()])
-                pairs = [*zip(self.parameters, new, strict=True)]
-                for dtype in {grad.dtype for grad in new}:  # few launches for those in fp32
-                    alike = [(p.grad, grad) for p, grad in pairs if grad.dtype == dtype]
-                    torch._foreach_add_(*map(list, zip(*alike, strict=True)))
-            else:
-                part.backward()  # type: ignore[no-untyped-call]
+            self.gradients.backward(part)
             loss += part.detach()
-        return loss / unit, [p.grad for p in self.parameters if p.grad is not None]
+        return loss / unit, self.gradients.tensors()
 
     def _count_targets(self, batches: Sequence[Any]) -> Tensor:
         """Return what the loss of this rank's batches is divided by, an fp32 scalar."""
@@ -370,23 +376,17 @@ class TrainStep:
         totals = [torch.as_tensor(count, device=self.loss.device) for count in counts]
         return (totals[0] if len(totals) == 1 else torch.stack(totals).sum()).float()
 
-    def _finish(
-        self, loss: Tensor, norm: Tensor, grads: list[Tensor], lr: float | None, outcome: int = FINE
+    def _update_parameters(
+        self, gradients: Sequence[Tensor], is_bad: Tensor, lr: float | None
     ) -> None:
-        """Judge the step and update; ``outcome`` is what `recheck` has found."""
-        self.loss, self.norm = loss, norm
-        self.before_update()
-        self.verdict = verdict = (
-            self._judge() if outcome == FINE else torch.full_like(loss, outcome)
-        )
-        bad = (verdict != FINE).float()
+        """Step the optimizers on clipped gradients, unless the step ``is_bad`` (1, else 0)."""
         clip = 1 / self.grad_scale
         if self.max_grad_norm is not None:
             clip = clip * torch.clamp(self.max_grad_norm / (self.norm + 1e-6), max=1.0)
         if self.max_grad_value is not None:  # of what the optimizers will see, times clip
             limit = self.max_grad_value / clip
-            for grad in grads:
-                local_tensor(grad).clamp_(-limit, limit)
+            for gradient in gradients:
+                local_tensor(gradient).clamp_(-limit, limit)
         for optimizer in self.optimizers:
             step: Any = optimizer.step
             if lr is not None:
@@ -394,44 +394,41 @@ class TrainStep:
             if getattr(optimizer, "reads_clip_on_device", False):
                 if has_step_hooks(optimizer):
                     _scale_gradients(optimizer, clip)
-                    step(found_inf=bad)
+                    step(found_inf=is_bad)
                 else:
-                    step(clip_coefficient=clip, found_inf=bad)
-            elif self._makes_update(bad):
+                    step(clip_coefficient=clip, found_inf=is_bad)
+            elif self._makes_update(is_bad):
                 _scale_gradients(optimizer, clip)
                 step()
-        self.ema.update(skipped=bad)
-        if self.precision.scaled:  # halve after an overflow, double after 2,000 clean steps
-            inf = torch.where(verdict >= SPIKE, 0.0, bad)
-            torch._amp_update_scale_(self.grad_scale, self.growth_tracker, inf, 2.0, 0.5, 2000)
-        row = min(self.n_unread, len(self.history) - 1)
-        # In the order of `StepNumbers`
-        self.history[row] = torch.stack([self.loss, self.norm, verdict, self.grad_scale])
-        self.n_unread = row + 1
-        self.clock.mark(2)
 
-    def _makes_update(self, bad: Tensor) -> bool:
+    def _note_numbers(self) -> None:
+        """Keep this step's `StepNumbers` on the device, until `numbers` is called."""
+        row = min(self.n_unread, len(self.history) - 1)
+        self.history[row] = torch.stack([self.loss, self.norm, self.verdict, self.grad_scale])
+        self.n_unread = row + 1
+
+    def _makes_update(self, is_bad: Tensor) -> bool:
         """Return whether an optimizer is to step that cannot read the verdict on the device.
 
         That waits for the device. Where steps are not judged it waits only if the host knows that
         this rank has no targets: those that lie on a GPU already are not looked at.
         """
         if not self.judges and (
-            self._known_targets or (self._known_targets is None and bad.is_cuda)
+            self._known_targets or (self._known_targets is None and is_bad.is_cuda)
         ):
             return True
-        return not bad
+        return not is_bad
 
-    def _measure(self, loss: Tensor, grads: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def _measure(self, loss: Tensor, gradients: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Return the step's loss and gradient norm, alike on all ranks, from `_backward`'s."""
         world = self.world
         if world.sharded:
-            sums = torch.stack([loss, grad_norm(grads).norm.square()])
+            sums = torch.stack([loss, grad_norm(gradients).norm.square()])
             loss, squares = world.sum(sums).unbind()
             return loss, (squares / world.n_copies).sqrt() / self.grad_scale
-        summed = world.begin_sum(loss)
-        norm = grad_norm(grads).norm
-        summed()
+        wait_for_sum = world.begin_sum(loss)
+        norm = grad_norm(gradients).norm
+        wait_for_sum()
         return loss, norm / self.grad_scale
 
     def _judge(self) -> Tensor:

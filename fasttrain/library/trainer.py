@@ -378,7 +378,6 @@ class Trainer:
             count=self.objective.count,
             ignore_index=self.objective.ignore_index,
         )
-        self.train_step.before_update = self._follow
         self.ema = self.train_step.ema
         self.run_dir = Path(run_dir) if run_dir is not None else None
         self.writer: CheckpointWriter | None = None
@@ -717,7 +716,9 @@ class Trainer:
     def _step(self, group: Sequence[Any]) -> None:
         batches = [self.objective.prepare(batch) for batch in group]
         self._n_tokens += self.world.size * sum(batch.tokens.numel() for batch in batches)
-        self.train_step(batches, None)
+        computed = self.train_step.compute(batches)
+        self._follow()  # of the last step; it may wait for the device
+        self.train_step.update(computed, None)
         bad = self.train_step.verdict
         if self.scheduler is not None and not isinstance(self.scheduler, ReduceLROnPlateau):
             copied = torch.cuda.Event() if bad.is_cuda else None  # type: ignore[no-untyped-call]

@@ -94,9 +94,9 @@ def test_matrices_rounded_once_a_step_are_counted(
     monkeypatch.setattr(memory, "resolve", resolve_as_on_a_gpu)
     ours, plain = (estimate_memory(c, device=CPU) for c in (config, eager))
     model = Transformer(config.model, seq_len=seq_len)
-    step = TrainStep(model, build_optimizers(model, config.optim), resolve(eager, CPU))
-    step._round_once()
-    copies = sum(copy.nbytes for copy in step.copies.values())
+    rounding = replace(resolve(eager, CPU), rounds_once=True)
+    step = TrainStep(model, build_optimizers(model, config.optim), rounding)
+    copies = sum(copy.nbytes for copy in step.gradients.copies.values())
     assert ours.buffers - plain.buffers == copies > 0
     if rows > 1:
         assert ours.total == plain.total

@@ -139,14 +139,11 @@ def test_R18_after_a_stop_in_a_rollback_the_run_does_not_forget_it(toy: Path) ->
     step = trainer.train_step
 
     def stopping(*arguments: Any) -> None:
-        type(step).__call__(step, *arguments)
+        type(step).update(step, *arguments)
         if trainer.state.step == 7:  # in the bad step, whose verdict nobody has seen
             trainer.request_stop()
 
-    for name in ("numbers", "state", "load", "ema", "n_micro"):
-        setattr(stopping, name, getattr(step, name))
-    trainer.train_step = stopping  # type: ignore[assignment]
-    trainer.train_step.loss = step.loss  # type: ignore[misc]
+    step.update = stopping  # type: ignore[method-assign]
     assert trainer.fit() == "stopped"
     assert trainer.state.step == 6
     trainer.saver.wait()
@@ -223,13 +220,13 @@ def test_R18_a_run_that_is_given_up_in_a_step_faces_the_verdicts_before(
     with trainer.guard.training():
         for _ in range(3):
             trainer._step()
-        trainer.guard.open()
-        if action == "stop":
-            with pytest.raises(FloatingPointError, match="step 5: nonfinite"):
-                trainer.save_unfinished()
-        else:
-            assert trainer.save_unfinished()
-        trainer.guard._lock.release()  # a run's process would have ended by now
+        with trainer.guard.computing():
+            if action == "stop":
+                with pytest.raises(FloatingPointError, match="step 5: nonfinite"):
+                    trainer.save_unfinished()
+            else:
+                assert trainer.save_unfinished()
+            trainer.guard._lock.release()  # a run's process would have ended by now
     last = load(resolve(toy.parent / "run"))
     assert last.step == (6 if action == "skip" else 3)  # from 3 on it meets step 5 again
     assert last.state["faults"]["skipped_steps"] == int(action == "skip")

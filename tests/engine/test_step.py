@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -46,8 +47,14 @@ LOOK_UPS = {"positions": "learned", "bigram_vocab_size": 8, "value_embeddings": 
 
 
 def make(
-    dtype: str = "fp32", optimizer: str = "adamw", model: object = None, **train: object
+    dtype: str = "fp32",
+    optimizer: str = "adamw",
+    model: object = None,
+    *,
+    rounds_once: bool = False,
+    **train: object,
 ) -> TrainStep:
+    """Make a step; ``rounds_once``: as one that accumulates on a GPU."""
     values = {**SMALL, "run": {"compile": "off", "dtype": dtype}, "optim": {"name": optimizer}}
     values["train"] = {**SMALL["train"], **train}
     config: TrainConfig = config_from_dict({**values, "model": {**SMALL["model"], **(model or {})}})
@@ -55,7 +62,8 @@ def make(
     model = Transformer(config.model, seq_len=config.data.seq_len)
     precision = resolve_precision(dtype, CPU)
     optimizers = build_optimizers(model, config.optim, precision.compute)
-    return TrainStep(model, optimizers, resolve(config, CPU))
+    resolved = replace(resolve(config, CPU), rounds_once=rounds_once)
+    return TrainStep(model, optimizers, resolved)
 
 
 def make_batch(tokens: Tensor, targets: Tensor) -> Batch:
@@ -357,16 +365,6 @@ def test_R1_a_step_compiles_in_one_graph_and_adds_no_gradients_up_in_threads_ord
     assert not [name for name in autograd_nodes(expected) if name.startswith("Index")]
 
 
-def rounded(step: TrainStep) -> TrainStep:
-    """Have a step round its matrices once, as one that accumulates on a GPU does."""
-    assert not step.copies
-    step._rounds_once = step.keeps_grads = True
-    step.parameters = []
-    step._begin()
-    assert step.copies
-    return step
-
-
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_R20_matrices_rounded_once_a_step_give_the_bits_of_autocast(
@@ -380,7 +378,7 @@ def test_R20_matrices_rounded_once_a_step_give_the_bits_of_autocast(
         return graph.forward
 
     more = {"micro_batch": 2, "tokens_per_step": 96, "model": {"mlp": "gelu"}}
-    plain, ours = make(dtype, **more), rounded(make(dtype, **more))
+    plain, ours = make(dtype, **more), make(dtype, rounds_once=True, **more)
     names = [(name, id(p)) for name, p in ours.model.named_parameters()]
     for step in (plain, ours):
         if compiled:
@@ -414,7 +412,7 @@ def test_gradients_of_a_micro_batch_are_added_together() -> None:
     """Those in fp32, and those of the copies; autograd adds each alone, from the second on."""
     more = {"micro_batch": 2, "tokens_per_step": 96}
     found = []
-    for step in (make("bf16", **more), rounded(make("bf16", **more))):
+    for step in (make("bf16", **more), make("bf16", rounds_once=True, **more)):
         with _Additions() as additions:
             step._backward(split(uneven_rows(), 4))
         found.append(additions.found)
