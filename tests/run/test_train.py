@@ -248,10 +248,10 @@ def test_a_run_is_resumed_with_the_config_that_it_holds(
 def test_too_little_memory_is_one_message_with_the_remedy(
     toy: Path, monkeypatch: pytest.MonkeyPatch, train: Train
 ) -> None:
-    def full(*_: object) -> None:
+    def full(*_: object, **options: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr("fasttrain.engine.step.TrainStep.__call__", full)
+    monkeypatch.setattr("fasttrain.engine.step.TrainStep.compute", full)
     err = train(toy, check=1).err
     told = r"error: CUDA out of memory\. Tried to allocate 2\.00 GiB\.\n.*train\.micro_batch"
     assert re.search(rf"{told}.*train\.activation_checkpointing=full", err)

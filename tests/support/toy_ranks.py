@@ -12,7 +12,6 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -44,24 +43,24 @@ class Spy:
         self.rows: list[list[str]] = []  # by step
         self.log: Path | None = None
         self._left = 0  # micro-batches of the step under way
-        self._real = session.TrainingLoop, TrainStep.__call__, TrainStep.recheck, TrainStep._loss  # type: ignore[attr-defined]
+        self._real = session.TrainingLoop, TrainStep.compute, TrainStep._loss  # type: ignore[attr-defined]
 
     def __enter__(self) -> "Spy":
-        spy, (_, real_call, real_recheck, real_loss) = self, self._real
+        spy, (_, real_compute, real_loss) = self, self._real
 
         class Kept(TrainingLoop):
             def __init__(self, *args: Any, **kwargs: Any) -> None:
                 super().__init__(*args, **kwargs)
                 spy.trainer = self
 
-        def call(step: TrainStep, batches: Sequence[Any], lr: float, real: Any = real_call) -> None:
+        def compute(step: TrainStep, batches: Sequence[Any], **options: Any) -> Any:
             shown = [batch.tokens[batch.targets.ne(-100).any(1)].numpy() for batch in batches]
             spy.rows.append([digest(row) for rows in shown for row in rows])
             spy._left = len(batches)
             if spy.log is not None and spy.trainer is not None:
                 with open(spy.log, "a") as file:
                     file.write(json.dumps([spy.trainer.state.step, spy.rows[-1]]) + "\n")
-            real(step, batches, lr)
+            return real_compute(step, batches, **options)
 
         def loss(step: TrainStep, *batch: Any) -> torch.Tensor:
             value = real_loss(step, *batch)
@@ -90,16 +89,15 @@ class Spy:
             os.kill(os.getpid(), what)
             return value
 
-        self._set(Kept, call, partialmethod(call, real=real_recheck), loss)
+        self._set(Kept, compute, loss)
         return self
 
     def __exit__(self, *error: object) -> None:
         self._set(*self._real)
 
-    def _set(self, trainer: Any, call: Any, recheck: Any, loss: Any) -> None:
+    def _set(self, trainer: Any, compute: Any, loss: Any) -> None:
         session.TrainingLoop = trainer  # type: ignore[attr-defined]
-        TrainStep.__call__ = call  # type: ignore[method-assign]
-        TrainStep.recheck = recheck  # type: ignore[method-assign]
+        TrainStep.compute = compute  # type: ignore[method-assign]
         TrainStep._loss = loss  # type: ignore[method-assign]
 
 

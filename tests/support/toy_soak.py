@@ -39,15 +39,15 @@ def loss_of_odd_batches(self: TrainStep, tokens: torch.Tensor, *rest: Any) -> to
 
 def before_steps(action: Callable[[int], object]) -> None:
     """Call ``action`` before each step of this process, with its number in it from 1 on."""
-    real, count = TrainStep.__call__, 0
+    real, count = TrainStep.compute, 0
 
-    def step(self: TrainStep, *arguments: Any) -> None:
+    def compute(self: TrainStep, *arguments: Any, **options: Any) -> Any:
         nonlocal count
         count += 1
         action(count)
-        real(self, *arguments)
+        return real(self, *arguments, **options)
 
-    TrainStep.__call__ = step  # type: ignore[method-assign]
+    TrainStep.compute = compute  # type: ignore[method-assign]
 
 
 def measure(steps: int, file: Path) -> None:
