@@ -10,6 +10,7 @@ import tomllib
 import zipfile
 from email.parser import Parser
 from pathlib import Path
+from typing import Any
 
 import fasttrain_kernels
 import pytest
@@ -17,14 +18,17 @@ import pytest
 import fasttrain
 
 ROOT = Path(__file__).parents[2]
+# By distribution: the folder of each package in its wheel.
 FOLDERS = {
-    "fasttrain": "fasttrain/",
-    "fasttrain/configs": "configs/",
-    "fasttrain_kernels": "kernels/fasttrain_kernels/",
+    "fasttrain": {"fasttrain": "fasttrain/", "fasttrain/configs": "configs/"},
+    "fasttrain_kernels": {"fasttrain_kernels": "kernels/fasttrain_kernels/"},
 }
 FIRST_LINE = "pip install -e . -c constraints.txt && python -m fasttrain.train configs/base.toml"
 SECOND_LINE = 'pip install -e ".[test]" -c constraints.txt && pytest'
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+PROJECT, KERNELS = (
+    tomllib.loads((ROOT / folder / "pyproject.toml").read_text("utf-8"))["project"]
+    for folder in (".", "kernels")
+)
 
 
 def project_files() -> set[str]:
@@ -36,82 +40,138 @@ def project_files() -> set[str]:
     return {name for name in listed if ".egg-info/" not in name}
 
 
+def built(command: list[str], folder: Path, pattern: str, cwd: Path | None = None) -> Path:
+    """Run a command that puts one file into a folder; return the file."""
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (file,) = folder.glob(pattern)
+    return file
+
+
 @pytest.fixture(scope="module")
-def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build the sdist from a copy, so that no build folder is left or taken up."""
+def sdists(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Build both sdists from a copy, so that no build folder is left or taken up."""
     temp = tmp_path_factory.mktemp("packaging")
     for name in project_files():
         (temp / "source" / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, temp / "source" / name)
-    build = "from setuptools import build_meta; build_meta.build_sdist('..')"
-    command = [sys.executable, "-c", build]
-    done = subprocess.run(command, cwd=temp / "source", capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    (packed,) = temp.glob("*.tar.gz")
-    return packed
+    build = "from setuptools import build_meta; import sys; build_meta.build_sdist(sys.argv[1])"
+    command = [sys.executable, "-c", build, str(temp)]
+    return {
+        "fasttrain": built(command, temp, "fasttrain-*.gz", temp / "source"),
+        "fasttrain_kernels": built(
+            command, temp, "fasttrain_kernels-*.gz", temp / "source/kernels"
+        ),
+    }
 
 
 @pytest.fixture(scope="module")
-def wheel(sdist: Path) -> Path:
-    """Build the wheel offline, from the sdist."""
+def wheels(sdists: dict[str, Path]) -> dict[str, Path]:
+    """Build both wheels offline, from the sdists."""
     # Without isolation pip downloads nothing: torch itself requires a setuptools that suffices.
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
-    command += ["--no-index", "--quiet", "--wheel-dir", str(sdist.parent), str(sdist)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    (built,) = sdist.parent.glob("*.whl")
-    return built
+    wheels = {}
+    for name, sdist in sdists.items():
+        folder = sdist.parent / f"wheel-{name}"
+        more = ["--no-index", "--quiet", "--wheel-dir", str(folder), str(sdist)]
+        wheels[name] = built([*command, *more], folder, "*.whl")
+    return wheels
 
 
-def test_sdist_holds_all_files_of_the_project(sdist):
-    with tarfile.open(sdist) as archive:
+@pytest.mark.parametrize("name", FOLDERS)
+def test_sdist_holds_all_files_of_its_folder(sdists, name):
+    folder = {"fasttrain": "", "fasttrain_kernels": "kernels/"}[name]
+    own = {f.removeprefix(folder) for f in project_files() if f.startswith(folder)}
+    with tarfile.open(sdists[name]) as archive:
         held = {file.name.partition("/")[2] for file in archive if file.isfile()}
-    made = {name for name in held if ".egg-info/" in name} | {"PKG-INFO", "setup.cfg"}
-    assert held == project_files() | made
+    made = {file for file in held if ".egg-info/" in file} | {"PKG-INFO", "setup.cfg"}
+    assert held == own | made
 
 
-def test_wheel_holds_the_packages_and_nothing_else(wheel):
-    with zipfile.ZipFile(wheel) as archive:
-        held = {name for name in archive.namelist() if ".dist-info/" not in name}
+@pytest.mark.parametrize("name", FOLDERS)
+def test_wheel_holds_its_packages_and_nothing_else(wheels, name):
+    with zipfile.ZipFile(wheels[name]) as archive:
+        held = {file for file in archive.namelist() if ".dist-info/" not in file}
     expected = {
-        f"{package}/{name.removeprefix(folder)}"
-        for package, folder in FOLDERS.items()
-        for name in project_files()
-        if name.startswith(folder)
+        f"{package}/{file.removeprefix(folder)}"
+        for package, folder in FOLDERS[name].items()
+        for file in project_files()
+        if file.startswith(folder)
     }
     assert held == expected
-    assert {"fasttrain/py.typed", "fasttrain_kernels/py.typed"} <= held
-    assert "fasttrain/configs/base.toml" in held
-    assert not any("test" in name for name in held)
+    assert f"{name}/py.typed" in held
+    assert ("fasttrain/configs/base.toml" in held) == (name == "fasttrain")
+    assert ("fasttrain_kernels/cpu/blocks.cpp" in held) == (name == "fasttrain_kernels")
+    assert not any("test" in file for file in held)
 
 
-def test_wheel_declares_what_it_needs(wheel):
+def metadata_of(wheel: Path, name: str) -> tuple[Any, set[str]]:
+    """Return a wheel's metadata, and the distributions that it needs without an extra."""
     with zipfile.ZipFile(wheel) as archive:
-        folder = f"fasttrain-{fasttrain.__version__}.dist-info"
+        folder = f"{name}-{fasttrain.__version__}.dist-info"
         metadata = Parser().parsestr(archive.read(f"{folder}/METADATA").decode())
-        scripts = archive.read(f"{folder}/entry_points.txt").decode()
         licence = archive.read(f"{folder}/licenses/LICENSE").decode()
-    assert (metadata["Name"], metadata["Version"]) == ("fasttrain", fasttrain.__version__)
-    assert fasttrain_kernels.__version__ == fasttrain.__version__
-    assert scripts.split() == ["[console_scripts]", "fasttrain", "=", "fasttrain.__main__:main"]
-    assert metadata["License-Expression"] == "MIT"
     assert licence == (ROOT / "LICENSE").read_text("utf-8")
     assert "the fasttrain authors" in licence
+    assert metadata["License-Expression"] == "MIT"
     assert metadata["Requires-Python"] == ">=3.11"
-    assert set(metadata.get_all("Provides-Extra")) >= {
-        "hf", "peers", "report", "tensorboard", "test", "wandb",
-    }  # fmt: skip
     needed = {
         re.match(r"[\w-]+", requirement)[0]
         for requirement in metadata.get_all("Requires-Dist")
         if "extra ==" not in requirement
     }
-    assert needed == {"numpy", "rich", "safetensors", "tokenizers", "torch", "triton"}
+    return metadata, needed
 
 
-def test_wheel_works_away_from_the_checkout(wheel, tmp_path):
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(tmp_path / "site")
+def test_wheel_of_fasttrain_declares_what_it_needs(wheels):
+    metadata, needed = metadata_of(wheels["fasttrain"], "fasttrain")
+    with zipfile.ZipFile(wheels["fasttrain"]) as archive:
+        folder = f"fasttrain-{fasttrain.__version__}.dist-info"
+        scripts = archive.read(f"{folder}/entry_points.txt").decode()
+    assert (metadata["Name"], metadata["Version"]) == ("fasttrain", fasttrain.__version__)
+    assert scripts.split() == ["[console_scripts]", "fasttrain", "=", "fasttrain.__main__:main"]
+    extras = {"hf", "peers", "report", "tensorboard", "test", "wandb"}
+    assert set(metadata.get_all("Provides-Extra")) >= extras
+    assert needed == {"fasttrain-kernels", "numpy", "rich", "safetensors", "tokenizers", "torch"}
+    assert f"fasttrain-kernels=={fasttrain.__version__}" in metadata.get_all("Requires-Dist")
+
+
+def test_wheel_of_the_kernels_needs_torch_and_triton_alone(wheels):
+    metadata, needed = metadata_of(wheels["fasttrain_kernels"], "fasttrain_kernels")
+    assert metadata["Name"] == "fasttrain-kernels"
+    assert metadata["Version"] == fasttrain_kernels.__version__ == fasttrain.__version__
+    assert needed == {"torch", "triton"}
+
+
+def test_a_project_can_install_the_kernels_from_their_folder(tmp_path):
+    """As ``pip install ./kernels`` does, without what they need, which is here already."""
+    for name in project_files():
+        if name.startswith("kernels/"):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, tmp_path / name)
+    command = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation"]
+    command += ["--no-index", "--quiet", "--target", str(tmp_path / "site"), "./kernels"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    shutil.rmtree(tmp_path / "kernels")
+    program = (
+        "import sys, fasttrain_kernels, torch\n"
+        "x = torch.ones(2, 8, requires_grad=True)\n"
+        "fasttrain_kernels.rms_norm(x).sum().backward()\n"
+        "unwanted = {'tokenizers', 'rich', 'safetensors', 'fasttrain'} & {*sys.modules}\n"
+        "print(fasttrain_kernels.__file__, unwanted or 'alone')"
+    )
+    env = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    ran = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    assert ran.stdout.split() == [f"{tmp_path}/site/fasttrain_kernels/__init__.py", "alone"], ran
+
+
+def test_wheels_work_away_from_the_checkout(wheels, tmp_path):
+    for wheel in wheels.values():
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(tmp_path / "site")
     (tmp_path / "bad.toml").write_text("[model]\ndmi = 3\n")
     # `coverage` and the like may stand in the path; only ours must come from the wheel.
     env = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
@@ -147,10 +207,18 @@ def test_readme_and_ci_run_the_same_two_lines():
 
 def test_nothing_is_capped_and_the_constraints_name_what_was_tested():
     lines = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
-    pinned = dict(line.split("==") for line in lines if line and not line.startswith("#"))
-    for requirement in PROJECT["dependencies"]:
-        name, bound = re.match(r"([\w-]+)>=([\d.]+)(?:;|$)", requirement).groups()
+    pinned = dict(line.split("==") for line in lines if "==" in line)
+    for requirement in {*PROJECT["dependencies"], *KERNELS["dependencies"]}:
+        name, bound = re.match(r"([\w-]+)[>=]=([\d.]+)(?:;|$)", requirement).groups()
+        if name == "fasttrain-kernels":
+            assert bound == fasttrain_kernels.__version__
+            continue
         assert [*map(int, pinned[name].split("."))] >= [*map(int, bound.split("."))], name
+
+
+def test_the_constraints_take_the_kernels_from_the_checkout_that_pip_is_called_in():
+    lines = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
+    assert "fasttrain-kernels @ file://${PWD}/kernels" in lines
 
 
 def test_no_message_tells_to_install_what_is_on_no_index():
