@@ -60,7 +60,7 @@ import torch._inductor.fx_passes.joint_graph as joint_graph
 import torch._inductor.runtime.triton_helpers as triton_helpers
 import torch.nn.functional as F
 import triton
-from fasttrain_kernels.aot import _cuda_resources, stub_driver
+from dev.aot import _cuda_resources, stub_driver
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 

@@ -3,7 +3,7 @@
 
     python -m benchmarks.kernel_peers [OP ...] [--results DIR]
 
-Ours, Liger's and FlashAttention's Triton operations are called as `fasttrain_kernels.aot` calls
+Ours, Liger's and FlashAttention's Triton operations are called as `dev.aot` calls
 ours; torch.compile's kernels are read from what Inductor writes, as in `benchmarks.gpu_dry`. Of the
 configurations that a kernel tries, the one that spills least, then the shortest, counts. Bytes are
 counted in Triton's interpreter, or as Inductor counts them: each address once.
@@ -29,11 +29,11 @@ from benchmarks import gpu_dry, harness  # before torch, which then compiles for
 import fasttrain_kernels
 import torch
 import triton
-from fasttrain_kernels import aot
+from dev import aot
 from fasttrain_kernels import catalogue as ops
 from fasttrain_kernels._dispatch import triton_on_cpu
-from fasttrain_kernels.aot.issue import DEVICES, issue_of
-from fasttrain_kernels.aot.traffic import mend_interpreter, traffic_of
+from dev.aot.issue import DEVICES, issue_of
+from dev.aot.traffic import mend_interpreter, traffic_of
 from triton.runtime import autotuner, interpreter
 
 from fasttrain.preflight.memory import measure_peak

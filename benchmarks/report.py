@@ -15,7 +15,9 @@ from benchmarks import gpu_model
 from benchmarks.harness import ROOT, Document, folded, processor_of, read_all, table
 from fasttrain.config import config_reference
 
-PAGE, KERNELS = ROOT / "docs/benchmarks.md", ROOT / "kernels/README.md"
+PAGE = ROOT / "docs/benchmarks.md"
+KERNELS = ROOT / "kernels/README.md"
+COMPILED = ROOT / "docs/kernels-compiled.md"
 RELIABILITY = ROOT / "docs/reliability.md"
 PART = "(?<=<!-- {0} -->\n).*?(?=<!-- /{0} -->)"  # of a page, that this writes
 KINDS = {"cpu": "On a CPU", "cuda": "On a GPU"}
@@ -253,7 +255,7 @@ if __name__ == "__main__":
     documents = read_all()
     (compared,) = (d for d in documents if d["suite"] == "kernel_peers")
     replace_part(PAGE, "measured", render(documents))
-    replace_part(KERNELS, "peers", kernels_table(compared))
+    replace_part(COMPILED, "peers", kernels_table(compared))
     replace_part(KERNELS, "signatures", signatures())
     replace_part(ROOT / "docs/config.md", "config reference", config_reference())
     replace_part(RELIABILITY, "reliability", promises(RELIABILITY.read_text("utf-8")))

@@ -25,7 +25,7 @@ if _interpret:
 import fasttrain_kernels  # noqa: E402
 
 if _interpret:  # what the interpreter imports at its first launch must see the variable too
-    from fasttrain_kernels.aot.traffic import mend_interpreter
+    from dev.aot.traffic import mend_interpreter
 
     importlib.import_module("triton.experimental.gluon")
     mend_interpreter()

@@ -32,7 +32,7 @@ def triton_on_cpu() -> Iterator[None]:
 
     The kernels then run in Triton's interpreter when Triton was imported with
     ``TRITON_INTERPRET=1``; without it they can only be compiled ahead of time (see
-    `fasttrain_kernels.aot`), since there is no device to launch them on.
+    `dev.aot`), since there is no device to launch them on.
     """
     global _forced_depth
     _forced_depth += 1

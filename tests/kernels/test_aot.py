@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fasttrain_kernels import aot
-from fasttrain_kernels.aot.issue import DEVICES, issue_of
+from dev import aot
+from dev.aot.issue import DEVICES, issue_of
 
 ROOT = Path(__file__).parents[2]
 # The first test of a run waits for all to be compiled: a minute, with -m soak ten.
@@ -130,7 +130,7 @@ def rows(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     code = f"""
 import json
 from dataclasses import asdict
-from fasttrain_kernels import aot
+from dev import aot
 few = [case for case in aot.CASES if case.name in {others}]
 rows = aot.reports(["sm_90"], count=False)
 rows += aot.reports([name for name in aot.TARGETS if name != "sm_90"], 2, few, count=False)
@@ -298,7 +298,7 @@ def test_stochastic_rounding_costs_few_instructions(rows: list[Row]) -> None:
 def test_symmetric_products_use_tma_and_the_widest_wgmma(tmp_path: Path) -> None:
     code = """
 import triton
-from fasttrain_kernels import aot
+from dev import aot
 cases = [case for case in aot.CASES if "symmetric" in case.name]
 for launch in aot.capture(aot.TARGETS["sm_90"], cases):
     source = triton.compiler.ASTSource(*launch[2:6])
@@ -337,7 +337,7 @@ def test_offsets_into_tensors_are_64_bits_wide(rows: list[Row]) -> None:
 def test_counted_bytes_are_joined_to_the_launches(tmp_path: Path) -> None:
     """One case, with its three launches; test_bytes counts all of them."""
     code = (
-        "from fasttrain_kernels import aot; import json\n"
+        "from dev import aot; import json\n"
         "cases = [c for c in aot.CASES if c.name == 'rms_norm bf16 D=64']\n"
         "rows = aot.reports(['sm_90'], 1, cases)\n"
         "print(json.dumps([(r.kernel, r.bytes, r.distinct, r.floor) for r in rows]))\n"
@@ -384,14 +384,16 @@ def test_the_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         aot.capture(aot.TARGETS["sm_90"])
 
 
-def test_the_readme_lists_what_is_compiled(rows: list[Row]) -> None:
-    readme = (ROOT / "kernels/README.md").read_text("utf-8")
-    assert readme.count(aot.BEGIN) == readme.count(aot.END) == 1
-    lines = readme.split(aot.BEGIN)[1].split(aot.END)[0].strip().splitlines()[2:]
+def test_the_page_lists_what_is_compiled(rows: list[Row]) -> None:
+    page = (ROOT / "docs/kernels-compiled.md").read_text("utf-8")
+    assert page.count(aot.BEGIN) == page.count(aot.END) == 1
+    lines = page.split(aot.BEGIN)[1].split(aot.END)[0].strip().splitlines()[2:]
     listed = {tuple(cell.strip() for cell in line.split("|")[1:4]) for line in lines}
     expected = {
         (row["kernel"], row["case"], row["configuration"])
         for row in rows
         if row["target"] == "sm_90"
     }
-    assert listed == expected, "python -m fasttrain_kernels.aot --target sm_90 --write README.md"
+    assert listed == expected, (
+        "cd kernels && python -m dev.aot --target sm_90 --write ../docs/kernels-compiled.md"
+    )

@@ -10,7 +10,7 @@ import re
 
 import pytest
 import torch
-from fasttrain_kernels.aot.traffic import LaunchTraffic, count_launches, traffic_of
+from dev.aot.traffic import LaunchTraffic, count_launches, traffic_of
 from fasttrain_kernels.catalogue import CASES, Case, floor_bytes
 
 from tests.support.interpreter import no_races

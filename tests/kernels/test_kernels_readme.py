@@ -1,12 +1,15 @@
-"""kernels/README.md: its example runs, its signatures are the real ones, its tests exist.
+"""kernels/README.md and docs/kernels-compiled.md: examples run, signatures are real, tests exist.
 
-That its table lists what is compiled is checked in test_aot.py, beside the compilation.
+That the page lists what is compiled is checked in test_aot.py, beside the compilation.
 """
 
 import ast
 import copy
+import os
 import re
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,14 @@ from benchmarks import report
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "kernels/README.md").read_text("utf-8")
+COMPILED = (ROOT / "docs/kernels-compiled.md").read_text("utf-8")
 EXAMPLE = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
+# The examples of the section of that name, by title.
+EXAMPLES = dict(
+    re.findall(
+        r"^### ([^\n]+)\n(?:(?!^###).)*?```python\n(.*?)```", README, re.DOTALL | re.MULTILINE
+    )
+)
 
 
 def load(folder: Path) -> dict[str, Any]:
@@ -67,6 +77,52 @@ def test_the_example_trains_with_a_frozen_parameter(tmp_path: Path) -> None:
     assert losses[-1] < losses[0] - 0.02
 
 
+def test_there_is_an_example_of_each_way_to_use_the_kernels() -> None:
+    expected = {"Autocast", "GradScaler", "torch.compile", "DDP", "A vendored copy"}
+    assert set(EXAMPLES) == expected
+
+
+@pytest.mark.parametrize("title", ["Autocast", "GradScaler", "torch.compile"])
+def test_an_example_trains(title: str, tmp_path: Path) -> None:
+    path = tmp_path / "example.py"
+    path.write_text(EXAMPLES[title], "utf-8")
+    names = runpy.run_path(str(path))
+    assert torch.isfinite(names["loss"])
+    with_gradient = [p.grad for p in gradients_of(names) if p.grad is not None]
+    assert with_gradient or "optimizer" in names
+
+
+def gradients_of(names: dict[str, Any]) -> list[torch.nn.Parameter]:
+    modules = [value for value in names.values() if isinstance(value, torch.nn.Module)]
+    return [p for module in modules for p in module.parameters()]
+
+
+def run_example(title: str, folder: Path, *command: str) -> str:
+    """Run an example as a program of its own; return what it prints."""
+    path = folder / "example.py"
+    path.write_text(EXAMPLES[title], "utf-8")
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "kernels"), "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run(
+        [sys.executable, *command, str(path)], cwd=folder, env=env, capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout
+
+
+def test_the_ranks_of_the_ddp_example_have_the_same_gradient(tmp_path: Path) -> None:
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    lines = run_example("DDP", tmp_path, *launch).splitlines()
+    norms = dict(re.findall(r"rank (\d): gradient norm ([\d.]+)", "\n".join(lines)))
+    assert norms.keys() == {"0", "1"}
+    assert norms["0"] == norms["1"]
+    assert float(norms["0"]) > 0
+
+
+def test_the_example_of_a_vendored_copy_computes_the_same(tmp_path: Path) -> None:
+    run_example("A vendored copy", tmp_path)
+    assert (tmp_path / "my_kernels/rms_norm.py").exists()
+
+
 def test_the_signatures_are_those_of_the_package() -> None:
     found = re.search(report.PART.format("signatures"), README, re.DOTALL)[0]
     assert found == report.signatures(), "run make report"
@@ -77,7 +133,7 @@ def test_the_signatures_are_those_of_the_package() -> None:
 
 
 def test_each_trap_names_tests_that_exist() -> None:
-    section = README.split("## Known pitfalls")[1]
+    section = COMPILED.split("## Known pitfalls")[1]
     rows = [line for line in section.splitlines() if line.startswith("| ")][1:]
     assert len(rows) >= 25
     defined: dict[str, set[str]] = {}
@@ -92,5 +148,6 @@ def test_each_trap_names_tests_that_exist() -> None:
 
 
 def test_nothing_is_claimed_that_was_not_measured() -> None:
-    assert "Speed on a GPU: not measured." in README
-    assert not re.search(r"TB/s|TFLOP|H100|H200", README)
+    for page in (README, COMPILED):
+        assert "Speed on a GPU: not measured." in page
+        assert not re.search(r"TB/s|TFLOP|H100|H200", page)

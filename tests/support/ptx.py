@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import numpy as np
-from fasttrain_kernels import aot, symmetric, triton_on_cpu
+from dev import aot
+from fasttrain_kernels import symmetric, triton_on_cpu
 from torch import Tensor
 from torch.nn import Parameter
 from triton.runtime.driver import driver

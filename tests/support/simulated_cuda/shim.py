@@ -264,7 +264,7 @@ def interpret() -> None:
 
 install()
 import fasttrain_kernels  # noqa: E402, F401
-from fasttrain_kernels.aot.traffic import mend_interpreter  # noqa: E402
+from dev.aot.traffic import mend_interpreter  # noqa: E402
 
 interpret()
 mend_interpreter()

@@ -1,6 +1,6 @@
 """Compile every kernel ahead of time, without a GPU, and report what it costs.
 
-    python -m fasttrain_kernels.aot [--target sm_90 ...] [--no-bytes]
+    python -m dev.aot [--target sm_90 ...] [--no-bytes]
                                      [--markdown | --json | --write README.md]
 
 The public functions are called on CPU tensors, with a driver in Triton's place that names a GPU
@@ -30,12 +30,12 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+from fasttrain_kernels._dispatch import triton_on_cpu
+from fasttrain_kernels.catalogue import CASES, Case, floor_bytes
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .._dispatch import triton_on_cpu
-from ..catalogue import CASES, Case, floor_bytes
 from .issue import DEVICES, issue_of
 
 TARGETS = {

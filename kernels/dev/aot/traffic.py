@@ -5,7 +5,7 @@ the op's tensor moves (and what multi-tensor kernels reach through their tables 
 *side* the rest: weights, per-row results, tables. *Distinct* counts an address once: a second pass
 over a row finds it in L2, so the distinct bytes are what memory moves.
 
-``TRITON_INTERPRET=1 python -m fasttrain_kernels.aot.traffic [CASE ...]`` prints the counts of all
+``TRITON_INTERPRET=1 python -m dev.aot.traffic [CASE ...]`` prints the counts of all
 cases, or of those named, as JSON.
 """
 
@@ -17,11 +17,10 @@ from typing import Any
 
 import torch
 import triton
+from fasttrain_kernels._dispatch import triton_on_cpu
+from fasttrain_kernels.catalogue import CASES, Case
 from torch import Tensor
 from triton.runtime import interpreter
-
-from .._dispatch import triton_on_cpu
-from ..catalogue import CASES, Case
 
 
 class LaunchTraffic:
