@@ -11,9 +11,16 @@ if TYPE_CHECKING:
     from fasttrain.preflight.diagnosis import diagnose
 
 __all__ = [
-    "Callback", "TrainConfig", "Trainer", "TrainingMetrics", "Transformer", "diagnose",
-    "load_config", "load_model", "train_loop",
-]  # fmt: skip
+    "Callback",
+    "TrainConfig",
+    "Trainer",
+    "TrainingMetrics",
+    "Transformer",
+    "diagnose",
+    "load_config",
+    "load_model",
+    "train_loop",
+]
 
 __version__ = "0.1.0"
 

@@ -23,10 +23,8 @@ from fasttrain.redact import redact
 EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT = 0, 1, 2
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: can be resumed
 EXIT_INTERRUPTED, EXIT_NOT_READ = 130, 141  # as shells show an end by SIGINT, and by SIGPIPE
-# How often an OpenMP thread that waits looks again before it sleeps; GCC's own 300,000 keep the
-# core from other processes. base.toml in bf16 on two cores of a Xeon with AMX (torch 2.13), medians
-# of six rounds: alone 43.1k tokens/s with GCC's and 42.1k with this; beside two busy processes
-# 15.2k with this, 16.3k in one thread, 16.5k without spinning, which alone costs a quarter. A run
+# How often an OpenMP thread that waits looks again before it sleeps. GCC's own 300,000 keep the core
+# from other processes; without spinning, a run that is alone loses a quarter of its speed. A run
 # stops spinning while others use its cores: `fasttrain.device.CoreWatch`.
 SPINS = "10000"
 _OUT_OF_MEMORY = (

@@ -141,9 +141,8 @@ def keep_freed_memory() -> None:
     """Make glibc's malloc keep large freed blocks instead of returning them to the system.
 
     By default each activation above 32 MiB at the most is mapped anew, and the kernel clears its
-    pages at every step. No effect if the C library has no ``mallopt``. Two Zen 3 cores, medians
-    of interleaved processes: system time falls from 5.0 to 1.3 ms in a step of base.toml of 280 ms
-    (wall clock: within the noise of 3 %), and from 82 to 4 ms in an eager one of 1,150 ms, 64 rows.
+    pages at every step, which takes several percent of an eager step. No effect if the C library
+    has no ``mallopt``.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -169,9 +168,8 @@ class CoreWatch:
 
     A thread that spins keeps the one that it waits for from its core. GCC's OpenMP spins a hundred
     times at most while it has more threads than there are cores (its manual, ``GOMP_SPINCOUNT``):
-    here the team of a thread that does nothing else. Results do not depend on it. Step of base.toml
-    in bf16 on two Zen 5 cores (torch 2.13), ms, spinning and sleeping: alone 34 and 44, beside one
-    busy process 127 and 64, beside two 94 and 99; threads wait for a core 1, 46 and 49 %.
+    here the team of a thread that does nothing else. Results do not depend on it. Beside one busy
+    process a step takes half of the time with threads that sleep, alone a third more.
     """
 
     EVERY_S = 1.0

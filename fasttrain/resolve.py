@@ -30,8 +30,7 @@ from fasttrain.distributed.world import World
 from fasttrain.model.compiled import keep_compiled
 from fasttrain.storage import cache_folder
 
-# Four layers, from a cold cache: 28 s as one graph against 17 s as one block, but steps 10 %
-# shorter (width 128, two Zen 3 cores that were not idle).
+# One graph compiles for longer than one block, and its steps are some 10 % shorter.
 MAX_LAYERS_OF_ONE_CPU_GRAPH = 6
 
 
@@ -207,14 +206,10 @@ def resolve_compile(config: TrainConfig, device: torch.device) -> str:
 
     ``c++`` is the block that is written in C++, on a CPU where it can run the config, and else
     ``off``. ``auto`` compiles everything as one graph on CUDA. On a CPU it is ``c++`` where that
-    fits, built in seconds, and at most 3 % slower (see below); else, with a C++ compiler, one
-    graph up to `MAX_LAYERS_OF_ONE_CPU_GRAPH` layers, and beyond one block that is compiled once and
-    run for all: the time to compile then does not grow with the depth.
-
-    Whole steps, ms in C++, as one graph, and eager, on two cores of a Xeon with AMX (torch 2.13):
-    GPT-2 of 4 layers, 128 wide, in bf16 10.9, 14.2 and 35.3, in fp32 20.7, 22.8 and 26.3, held to
-    AVX2 28.0, 30.9 and 34.8; 4 layers 256 wide, V=4096, in bf16 83, 93 and 151, in fp32 241, 234
-    and 275, held to AVX2 329, 327 and 375.
+    fits: it is built in seconds, and its steps are the fastest or at most 3 % slower than a graph's
+    (benchmarks/EXPERIMENTS.md). Else, with a C++ compiler, it is one graph up to
+    `MAX_LAYERS_OF_ONE_CPU_GRAPH` layers, and beyond one block that is compiled once and run for
+    all, so that the time to compile does not grow with the depth.
     """
     mode, on_cpu = config.run.compile, device.type == "cpu"
     in_cpp = mode in ("auto", "c++") and on_cpu and why_unfit(config) is None

@@ -30,6 +30,14 @@ from fasttrain.checkpoint.reading import (
 from fasttrain.checkpoint.writer import CheckpointWriter, refuse_unsavable
 
 __all__ = [
-    "Checkpoint", "CheckpointError", "CheckpointWriter", "check_model", "load", "parse",
-    "refuse_unsavable", "resolve", "saved_parameters", "verify",
-]  # fmt: skip
+    "Checkpoint",
+    "CheckpointError",
+    "CheckpointWriter",
+    "check_model",
+    "load",
+    "parse",
+    "refuse_unsavable",
+    "resolve",
+    "saved_parameters",
+    "verify",
+]

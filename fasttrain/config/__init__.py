@@ -25,8 +25,27 @@ from fasttrain.config.schema import (
 from fasttrain.config.untrusted import misfit
 
 __all__ = [
-    "SECTIONS", "CheckpointConfig", "ConfigError", "DataConfig", "DistributedConfig",
-    "EvalConfig", "LogConfig", "LoopConfig", "ModelConfig", "OptimConfig", "RunConfig",
-    "ScheduleConfig", "TrainConfig", "UserError", "config_difference", "config_from_dict",
-    "config_reference", "config_to_toml", "counted", "load_config", "misfit", "refuse", "show",
-]  # fmt: skip
+    "SECTIONS",
+    "CheckpointConfig",
+    "ConfigError",
+    "DataConfig",
+    "DistributedConfig",
+    "EvalConfig",
+    "LogConfig",
+    "LoopConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "RunConfig",
+    "ScheduleConfig",
+    "TrainConfig",
+    "UserError",
+    "config_difference",
+    "config_from_dict",
+    "config_reference",
+    "config_to_toml",
+    "counted",
+    "load_config",
+    "misfit",
+    "refuse",
+    "show",
+]

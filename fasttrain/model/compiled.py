@@ -209,8 +209,8 @@ def keep_compiled(folder: Path) -> None:
     lies in it is executed. Each kind of CPU has a folder of its own: the key
     of an entry leaves out the width of its vectors, and code for AVX-512 that is found and built
     for AVX2 skips half of the elements (torch 2.13). Entries are named by the content of the graph:
-    configs share them. First step of the former base.toml, two Zen 3 cores: 31 to 45 s with an
-    empty folder, 5 s with its own entries; 10.5 s with the trace kept as well (precompilation).
+    configs share them. With its own entries there, the first step of a run takes seconds instead of
+    half a minute.
     """
     global _kept
     if "TORCHINDUCTOR_CACHE_DIR" in os.environ:

@@ -34,8 +34,8 @@ from fasttrain.printing import say
 # A logit of `linear_cross_entropy_reference` in fp64 costs most: it and its gradients at the peak.
 LOSS_BYTES = 44
 # What the trainer takes and why. Operations dispatch so by themselves: within torch.compile those
-# that only move memory are plain compositions for it to fuse. Figures: this command on two Zen 3
-# cores (N=2048, D=256, F=1024, V=4096, fp32, forward and backward, ms). On CUDA: not yet measured.
+# that only move memory are plain compositions for it to fuse. Figures: this command on a CPU
+# (benchmarks/EXPERIMENTS.md), ms for forward and backward. On CUDA: not yet measured.
 _FUSED = "the compiler's fusion in a compiled step, ours in any other"
 CHOICES = {
     "rms_norm": f"{_FUSED} (compiled 0.67, ours 1.03, torch 8.06)",

@@ -34,7 +34,7 @@ import torch
 import torch.distributed as dist
 from fasttrain_kernels._torch import TorchDispatchMode, fake_store, fake_tensors
 from fasttrain_kernels.grad_norm import local_tensor
-from fasttrain_kernels.linear_cross_entropy import _is_small, chunk_rows
+from fasttrain_kernels.linear_cross_entropy import chunk_rows, holds_all_logits
 from torch import Tensor
 
 from fasttrain.config import DistributedConfig, OptimConfig, TrainConfig, UserError
@@ -127,7 +127,7 @@ def _loss_scratch(hidden: Tensor, weight: Tensor, *, plain: bool) -> int:
     ``plain``: without z-loss and softcap, with which a small problem is never taken at once.
     """
     n_cols = weight.shape[0]
-    if plain and _is_small(hidden, weight, None):
+    if plain and holds_all_logits(hidden, weight, None):
         # In its backward pass log-softmax and two gradients of it; those of hidden states and head,
         # which the op that was traced returns, are not there yet.
         return 3 * hidden.shape[0] * n_cols * hidden.element_size() - weight.nbytes - hidden.nbytes

@@ -22,12 +22,22 @@ def _one_minus_power(log_base, exponent):
 
 @triton.jit
 def advance_kernel(
-    hyper_ptr, lr_pointers_ptr, group_ptr, step_pointers_ptr, coefs_ptr, clip_ptr, scale_ptr,
+    hyper_ptr,
+    lr_pointers_ptr,
+    group_ptr,
+    step_pointers_ptr,
+    coefs_ptr,
+    clip_ptr,
+    scale_ptr,
     found_inf_ptr,
     n_tensors,
-    HYPER: tl.constexpr, COEFS: tl.constexpr, HAS_CLIP: tl.constexpr, HAS_SCALE: tl.constexpr,
-    HAS_FOUND_INF: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    HYPER: tl.constexpr,
+    COEFS: tl.constexpr,
+    HAS_CLIP: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_FOUND_INF: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Count the step of each tensor and write its coefficients; with found_inf, do nothing."""
     t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     if HAS_FOUND_INF:
@@ -99,10 +109,21 @@ def _is_rounded(stored, value, DTYPE: tl.constexpr, ROUND: tl.constexpr):
 
 @triton.jit
 def _update(
-    p_ptr, g_ptr, m_ptr, v_ptr, master_ptr, coefs_ptr,
-    seed, start, i, length, BLOCK: tl.constexpr,
-    MASKED: tl.constexpr, HAS_MASTER: tl.constexpr, ROUND: tl.constexpr,
-):  # fmt: skip
+    p_ptr,
+    g_ptr,
+    m_ptr,
+    v_ptr,
+    master_ptr,
+    coefs_ptr,
+    seed,
+    start,
+    i,
+    length,
+    BLOCK: tl.constexpr,
+    MASKED: tl.constexpr,
+    HAS_MASTER: tl.constexpr,
+    ROUND: tl.constexpr,
+):
     """Update the block from element i of a chunk on, which begins at ``start``."""
     offsets = i + tl.arange(0, BLOCK)
     mask = offsets < length
@@ -127,12 +148,27 @@ def _update(
 
 @triton.jit
 def adamw_kernel(
-    pointers_ptr, lengths_ptr, chunks_ptr, coefs_ptr, found_inf_ptr,
-    n_tensors, n_chunks, seed,
-    P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, V: tl.constexpr, COEFS: tl.constexpr,
-    HAS_MASTER: tl.constexpr, HAS_FOUND_INF: tl.constexpr, ALIGNED: tl.constexpr,
-    GRAD_ALIGNED: tl.constexpr, ROUND: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    pointers_ptr,
+    lengths_ptr,
+    chunks_ptr,
+    coefs_ptr,
+    found_inf_ptr,
+    n_tensors,
+    n_chunks,
+    seed,
+    P: tl.constexpr,
+    G: tl.constexpr,
+    M: tl.constexpr,
+    V: tl.constexpr,
+    COEFS: tl.constexpr,
+    HAS_MASTER: tl.constexpr,
+    HAS_FOUND_INF: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    GRAD_ALIGNED: tl.constexpr,
+    ROUND: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Update every n-th chunk."""
     if HAS_FOUND_INF:  # a loop over no chunks writes nothing
         n_chunks = tl.where(tl.load(found_inf_ptr) == 0, n_chunks, 0)
@@ -155,12 +191,36 @@ def adamw_kernel(
         if rest == CHUNK:  # no mask, so that the accesses are 16 bytes wide
             for i in range(0, CHUNK, BLOCK):
                 _update(
-                    p_ptr, g_ptr, m_ptr, v_ptr, master_ptr, coefs, tensor_seed, start, i, rest,
-                    BLOCK, False, HAS_MASTER, ROUND,
-                )  # fmt: skip
+                    p_ptr,
+                    g_ptr,
+                    m_ptr,
+                    v_ptr,
+                    master_ptr,
+                    coefs,
+                    tensor_seed,
+                    start,
+                    i,
+                    rest,
+                    BLOCK,
+                    False,
+                    HAS_MASTER,
+                    ROUND,
+                )
         else:
             for i in range(0, rest, BLOCK):
                 _update(
-                    p_ptr, g_ptr, m_ptr, v_ptr, master_ptr, coefs, tensor_seed, start, i, rest,
-                    BLOCK, True, HAS_MASTER, ROUND,
-                )  # fmt: skip
+                    p_ptr,
+                    g_ptr,
+                    m_ptr,
+                    v_ptr,
+                    master_ptr,
+                    coefs,
+                    tensor_seed,
+                    start,
+                    i,
+                    rest,
+                    BLOCK,
+                    True,
+                    HAS_MASTER,
+                    ROUND,
+                )

@@ -92,9 +92,20 @@ def _over_lanes(lane_max, lane_sum, lane_best, peak):
 
 @triton.jit
 def _store_grad(
-    ptr, x, cols, mask, lse, coefficient, uniform, hit, softcap, class_weight_ptr,
-    HAS_SOFTCAP: tl.constexpr, HAS_SMOOTHING: tl.constexpr, HAS_CLASS_WEIGHT: tl.constexpr,
-):  # fmt: skip
+    ptr,
+    x,
+    cols,
+    mask,
+    lse,
+    coefficient,
+    uniform,
+    hit,
+    softcap,
+    class_weight_ptr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_SMOOTHING: tl.constexpr,
+    HAS_CLASS_WEIGHT: tl.constexpr,
+):
     """Store p·coefficient − uniform·w − hit, through the cap's derivative."""
     grad = tl.exp2((x - lse) * LOG2E) * coefficient
     if HAS_SMOOTHING:
@@ -108,16 +119,43 @@ def _store_grad(
 
 @triton.jit
 def cross_entropy_kernel(
-    logits_ptr, grad_ptr, targets_ptr, loss_ptr, lse_ptr, correct_ptr, class_weight_ptr,
-    class_weight_sum_ptr, token_weight_ptr, scale_ptr, upstream_ptr,
-    n_cols, ignore_index, stride_logits_row, stride_grad_row, stride_token_weight,
-    stride_upstream, label_smoothing, z_loss, softcap,
-    BLOCK_N: tl.constexpr, REST: tl.constexpr, ALIGN: tl.constexpr, SINGLE_PASS: tl.constexpr,
-    HAS_EDGES: tl.constexpr, COMPUTE_LOSS: tl.constexpr, WRITE_GRAD: tl.constexpr,
-    SKIP_UNIT: tl.constexpr, HAS_UPSTREAM: tl.constexpr, HAS_SCALE: tl.constexpr,
-    HAS_CLASS_WEIGHT: tl.constexpr, HAS_TOKEN_WEIGHT: tl.constexpr, HAS_SMOOTHING: tl.constexpr,
-    HAS_Z_LOSS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_CORRECT: tl.constexpr,
-):  # fmt: skip
+    logits_ptr,
+    grad_ptr,
+    targets_ptr,
+    loss_ptr,
+    lse_ptr,
+    correct_ptr,
+    class_weight_ptr,
+    class_weight_sum_ptr,
+    token_weight_ptr,
+    scale_ptr,
+    upstream_ptr,
+    n_cols,
+    ignore_index,
+    stride_logits_row,
+    stride_grad_row,
+    stride_token_weight,
+    stride_upstream,
+    label_smoothing,
+    z_loss,
+    softcap,
+    BLOCK_N: tl.constexpr,
+    REST: tl.constexpr,
+    ALIGN: tl.constexpr,
+    SINGLE_PASS: tl.constexpr,
+    HAS_EDGES: tl.constexpr,
+    COMPUTE_LOSS: tl.constexpr,
+    WRITE_GRAD: tl.constexpr,
+    SKIP_UNIT: tl.constexpr,
+    HAS_UPSTREAM: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_CLASS_WEIGHT: tl.constexpr,
+    HAS_TOKEN_WEIGHT: tl.constexpr,
+    HAS_SMOOTHING: tl.constexpr,
+    HAS_Z_LOSS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_CORRECT: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     upstream = 1.0
     if HAS_UPSTREAM:
@@ -257,24 +295,68 @@ def cross_entropy_kernel(
         if not COMPUTE_LOSS:  # else sums over the row have shown it
             tl.debug_barrier()  # all have read the target and the edges
         _store_grad(
-            g_ptr, x_rest, rest_cols, rest_mask, lse, coefficient, uniform, 0.0, softcap,
-            class_weight_ptr, HAS_SOFTCAP, HAS_SMOOTHING, HAS_CLASS_WEIGHT,
-        )  # fmt: skip
+            g_ptr,
+            x_rest,
+            rest_cols,
+            rest_mask,
+            lse,
+            coefficient,
+            uniform,
+            0.0,
+            softcap,
+            class_weight_ptr,
+            HAS_SOFTCAP,
+            HAS_SMOOTHING,
+            HAS_CLASS_WEIGHT,
+        )
         if not SINGLE_PASS:
             for block in range(0, n_blocked, BLOCK_N):
                 cols = n_blocked - BLOCK_N - block + offsets
                 x = _load_logits(x_ptr, cols, None, softcap, HAS_SOFTCAP, "evict_first")
                 _store_grad(
-                    g_ptr, x, cols, None, lse, coefficient, uniform, 0.0, softcap,
-                    class_weight_ptr, HAS_SOFTCAP, HAS_SMOOTHING, HAS_CLASS_WEIGHT,
-                )  # fmt: skip
+                    g_ptr,
+                    x,
+                    cols,
+                    None,
+                    lse,
+                    coefficient,
+                    uniform,
+                    0.0,
+                    softcap,
+                    class_weight_ptr,
+                    HAS_SOFTCAP,
+                    HAS_SMOOTHING,
+                    HAS_CLASS_WEIGHT,
+                )
         if HAS_EDGES:
             _store_grad(
-                g_ptr, x_edge, edge_cols, edge_mask, lse, coefficient, uniform, 0.0, softcap,
-                class_weight_ptr, HAS_SOFTCAP, HAS_SMOOTHING, HAS_CLASS_WEIGHT,
-            )  # fmt: skip
+                g_ptr,
+                x_edge,
+                edge_cols,
+                edge_mask,
+                lse,
+                coefficient,
+                uniform,
+                0.0,
+                softcap,
+                class_weight_ptr,
+                HAS_SOFTCAP,
+                HAS_SMOOTHING,
+                HAS_CLASS_WEIGHT,
+            )
         tl.debug_barrier()  # the target's gradient is stored last
         _store_grad(
-            g_ptr, x_target, hit_col, in_range, lse, coefficient, uniform, hit, softcap,
-            class_weight_ptr, HAS_SOFTCAP, HAS_SMOOTHING, HAS_CLASS_WEIGHT,
-        )  # fmt: skip
+            g_ptr,
+            x_target,
+            hit_col,
+            in_range,
+            lse,
+            coefficient,
+            uniform,
+            hit,
+            softcap,
+            class_weight_ptr,
+            HAS_SOFTCAP,
+            HAS_SMOOTHING,
+            HAS_CLASS_WEIGHT,
+        )

@@ -146,11 +146,26 @@ def differentiable_once(
     return differentiate
 
 
+def gradients_of(inputs: Any, **gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """Return what a backward pass returns: the named gradients, and None for the other inputs.
+
+    ``inputs`` is the NamedTuple class of the op's inputs. An op of ``(x, weight, eps)`` returns
+    ``gradients_of(Inputs, x=dx)``, which is ``(dx, None, None)``.
+    """
+    return tuple(gradients.get(name) for name in inputs._fields)
+
+
 def define_op(
-    name: str, compute: Callable[..., Any], fake: Any, setup_context: Any = None,
-    backward: Any = None, *, schema: str | None = None, is_last: bool = True,
+    name: str,
+    compute: Callable[..., Any],
+    fake: Any,
+    setup_context: Any = None,
+    backward: Any = None,
+    *,
+    schema: str | None = None,
+    is_last: bool = True,
     flops: Callable[..., int] | None = None,
-) -> Callable[..., Any]:  # fmt: skip
+) -> Callable[..., Any]:
     """Register an op as `torch.library` has it; return what calls it, or where that suffices less.
 
     If it ``is_last``, gradients of its gradients are an error. Its first input is a tensor.

@@ -1,7 +1,7 @@
 """The options of `cross_entropy` and `linear_cross_entropy`: checked once, carried as one value."""
 
 import math
-from typing import Literal, NamedTuple, TypedDict, get_args
+from typing import Any, Literal, NamedTuple, TypedDict, get_args
 
 import torch
 from torch import Tensor
@@ -40,7 +40,8 @@ REMEDIES = {
 class LossOptions(NamedTuple):
     """What the loss of N rows consists of, apart from their V logits and their targets.
 
-    Ops have flat arguments: their schemas contain `SCHEMA`, their callers pass ``*options``.
+    Ops have flat arguments: their schemas contain `SCHEMA`, their callers pass ``*options``, and a
+    NamedTuple of an op's inputs has the same fields.
     """
 
     class_weight: Tensor | None = None  # (V,)
@@ -53,8 +54,25 @@ class LossOptions(NamedTuple):
 
     def to(self, dtype: torch.dtype) -> "LossOptions":
         """Return them with the weights in a dtype."""
-        of_classes, of_tokens = (None if w is None else w.to(dtype) for w in self[:2])
-        return self._replace(class_weight=of_classes, token_weight=of_tokens)
+        classes, tokens = self.class_weight, self.token_weight
+        return self._replace(
+            class_weight=None if classes is None else classes.to(dtype),
+            token_weight=None if tokens is None else tokens.to(dtype),
+        )
+
+    def tensors(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Return what an autograd function saves as tensors."""
+        return self.class_weight, self.token_weight, self.scale
+
+    def without_tensors(self) -> "LossOptions":
+        """Return the numbers alone, which an autograd function keeps beside its saved tensors."""
+        return self._replace(class_weight=None, token_weight=None, scale=None)
+
+    def with_tensors(self, saved: Any) -> "LossOptions":
+        """Return these numbers with the tensors that a backward pass has ``saved``, by name."""
+        return self._replace(
+            class_weight=saved.class_weight, token_weight=saved.token_weight, scale=saved.scale
+        )
 
     def of(self, rows: slice | Tensor) -> "LossOptions":
         """Return those of some of the rows."""
@@ -81,9 +99,14 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def resolve(
-    name: str, rows: Tensor, n_cols: int, targets: Tensor, reduction: str, options: LossOptions,
+    name: str,
+    rows: Tensor,
+    n_cols: int,
+    targets: Tensor,
+    reduction: str,
+    options: LossOptions,
     softcap: float | None,
-) -> tuple[Tensor, LossOptions]:  # fmt: skip
+) -> tuple[Tensor, LossOptions]:
     """Return the targets of N rows and the options of a call, or raise where they do not fit.
 
     The logits have the dtype and device of ``rows``, and shape ``(*rows.shape[:-1], n_cols)``.
@@ -156,9 +179,12 @@ def resolve(
 
 
 def mean_scale(
-    targets: Tensor, ignore_index: int, class_weight: Tensor | None, token_weight: Tensor | None,
+    targets: Tensor,
+    ignore_index: int,
+    class_weight: Tensor | None,
+    token_weight: Tensor | None,
     dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Return 1 / (sum of the row weights of all rows not ignored), or 0 where that sum is 0."""
     valid = targets != ignore_index
     if class_weight is None and token_weight is None:
@@ -176,9 +202,13 @@ def mean_scale(
 
 
 def finish(
-    results: tuple[Tensor, Tensor, Tensor], targets: Tensor, reduction: str, ignore_index: int,
-    return_lse: bool, return_accuracy: bool,
-) -> Tensor | tuple[Tensor, ...]:  # fmt: skip
+    results: tuple[Tensor, Tensor, Tensor],
+    targets: Tensor,
+    reduction: str,
+    ignore_index: int,
+    return_lse: bool,
+    return_accuracy: bool,
+) -> Tensor | tuple[Tensor, ...]:
     """Give loss, lse and hits of an op the shapes that its public function promises."""
     loss, lse, correct = results
     outputs = [loss.reshape(targets.shape) if reduction == "none" else loss]

@@ -1,7 +1,8 @@
-"""What the optimizers share: groups, state, loading, pickling, and a plan kept from step to step.
+"""What the optimizers share: groups, state, loading, pickling, and a step prepared once.
 
-A plan holds what depends on the parameters, the gradients and the state alone. The settings of a
-group are read from ``param_groups`` in each step, whatever dictionaries are there by then.
+A prepared step holds what depends only on the parameters, the gradients and the state. It serves
+every step until one of these changes. The settings of a group are read from ``param_groups`` in
+each step.
 """
 
 import copy
@@ -30,7 +31,7 @@ def number_in(scalar: Tensor | None, default: float) -> float:
     return scalar.item()
 
 
-class Plan:
+class PreparedStep:
     """What depends only on the parameters, on which have gradients, and on where state lies."""
 
     def __init__(
@@ -56,7 +57,7 @@ class Plan:
         grads: list[Tensor | None],
         state: dict[Any, Any],
     ) -> bool:
-        """Return whether nothing that the plan relies on has changed since it was made."""
+        """Return whether nothing that this step relies on has changed since it was prepared."""
         return (
             self.layout == layout
             and all(map(is_, params, self.params))
@@ -78,11 +79,11 @@ def _describe(params: list[Tensor], grads: list[Tensor | None]) -> tuple[list[An
     )
 
 
-def planned_step(step: Callable[..., Any]) -> Callable[..., Any]:
+def wrap_step(step: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap an optimizer's step for hooks and profiler, where there are any, and for compilers.
 
-    To ask each time in torch's own way takes 0.16 ms of a training step (Zen 3, torch 2.13). A
-    compiled function calls the step as it is, outside its graphs.
+    Torch's own way asks for them slowly, in each step. A compiled function calls the step as it is,
+    outside its graphs.
     """
     step = torch.no_grad()(step)
     hooked = Optimizer.profile_hook_step(step)
@@ -105,11 +106,11 @@ def planned_step(step: Callable[..., Any]) -> Callable[..., Any]:
     return run_untraced
 
 
-class PlannedOptimizer(Optimizer):
-    """An optimizer whose step follows the plan of `_build_plan`, made anew when it fits no more."""
+class FusedOptimizer(Optimizer):
+    """An optimizer that prepares its step once, and again when what was prepared no longer fits."""
 
     reads_clip_on_device = True  # `step` takes clip_coefficient and found_inf
-    _plan: Any = None
+    _prepared: Any = None
     _pickled: tuple[str, ...] = ()  # attributes beside torch's
     _loadable = ""  # the optimizers whose state it loads
     _group_keys: tuple[str, ...] = ()  # what each of this kind's saved groups has
@@ -132,7 +133,7 @@ class PlannedOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._plan = None
+        self._prepared = None
         for group in self.param_groups:
             self._adopt(group)
             for key, value in self.defaults.items():
@@ -248,21 +249,21 @@ class PlannedOptimizer(Optimizer):
         raise NotImplementedError
 
     def _layout(self) -> list[Any]:
-        """Return what a plan takes from the groups."""
+        """Return what a prepared step takes from the groups."""
         return [len(group["params"]) for group in self.param_groups]
 
-    def _planned(self) -> tuple[list[Tensor], list[Tensor | None], Any]:
-        """Return all parameters, their gradients and the plan of this step."""
+    def _prepared_step(self) -> tuple[list[Tensor], list[Tensor | None], Any]:
+        """Return all parameters, their gradients and the prepared step."""
         layout, params = self._layout(), _parameters(self.param_groups)
         grads = [p.grad for p in params]
-        if self._plan is None or not self._plan.fits(layout, params, grads, self.state):
-            self._plan = None
-            self._plan = self._build_plan(layout, params, grads)
-        return params, grads, self._plan
+        if self._prepared is None or not self._prepared.fits(layout, params, grads, self.state):
+            self._prepared = None
+            self._prepared = self._prepare(layout, params, grads)
+        return params, grads, self._prepared
 
-    def _build_plan(
+    def _prepare(
         self, layout: list[Any], params: list[Tensor], grads: list[Tensor | None]
-    ) -> Plan:
+    ) -> PreparedStep:
         raise NotImplementedError
 
     def _state_of(self, param: Tensor, grad: Tensor) -> dict[str, Any]:

@@ -37,11 +37,25 @@ def _load_h(x_ptr, residual_ptr, h_ptr, offsets_x, offsets, mask, HAS_RESIDUAL: 
 
 @triton.jit
 def _rms_norm_fwd_kernel(
-    x_ptr, residual_ptr, weight_ptr, y_ptr, h_ptr, rstd_ptr,
-    n_inner, stride_x_outer, stride_x_inner, n_rows, eps,
-    ALIGN: tl.constexpr, N_COLS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr, ZERO_CENTERED: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    y_ptr,
+    h_ptr,
+    rstd_ptr,
+    n_inner,
+    stride_x_outer,
+    stride_x_inner,
+    n_rows,
+    eps,
+    ALIGN: tl.constexpr,
+    N_COLS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    ZERO_CENTERED: tl.constexpr,
+):
     rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     row_mask = rows < n_rows
     row_x = _row_offsets(rows, n_inner, stride_x_outer, stride_x_inner, ALIGN)
@@ -81,12 +95,26 @@ def _rms_norm_fwd_kernel(
 
 @triton.jit
 def _rms_norm_bwd_kernel(
-    dy_ptr, dh_ptr, x_ptr, weight_ptr, rstd_ptr, dx_ptr, partial_ptr,
-    n_inner, stride_x_outer, stride_x_inner, n_rows,
-    ALIGN: tl.constexpr, N_COLS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_DH: tl.constexpr, HAS_WEIGHT: tl.constexpr, NEEDS_DW: tl.constexpr,
+    dy_ptr,
+    dh_ptr,
+    x_ptr,
+    weight_ptr,
+    rstd_ptr,
+    dx_ptr,
+    partial_ptr,
+    n_inner,
+    stride_x_outer,
+    stride_x_inner,
+    n_rows,
+    ALIGN: tl.constexpr,
+    N_COLS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_DH: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    NEEDS_DW: tl.constexpr,
     ZERO_CENTERED: tl.constexpr,
-):  # fmt: skip
+):
     first = tl.program_id(0)
     n_programs = tl.num_programs(0)
     n_tiles = tl.cdiv(n_rows, BLOCK_R)

@@ -52,9 +52,8 @@ def has_bf16_instructions() -> bool:
 def native_bf16(device: torch.device) -> bool:
     """Return whether ``device`` multiplies bf16 faster than fp32, and torch makes use of it.
 
-    A CPU does with AMX, and with AVX512_BF16 unless it is Intel's: of 2048³, two cores of a Xeon
-    whose AMX is hidden make 179 GFLOP/s in bf16 and 328 in fp32, of AMD's Zen 5 930 and 217.
-    Emulated, bf16 is 8 times slower than fp32 (Zen 3). Unknown: False.
+    A CPU does with AMX, and with AVX512_BF16 unless it is Intel's, whose fp32 products are faster.
+    Emulated bf16 is far slower than fp32. Unknown: False.
     """
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)

@@ -29,7 +29,7 @@ from torch import Tensor
 from ._adamw_kernels import adamw_kernel, advance_kernel
 from ._dispatch import launches_triton
 from ._multi_tensor import DeviceNumbers, TensorTable, capturing, keep_for_graph, triton_dtype
-from ._optimizer import Plan, PlannedOptimizer, number_in, planned_step
+from ._optimizer import FusedOptimizer, PreparedStep, number_in, wrap_step
 from ._triton import triton
 from .cpu.optimizer import adamw, fits
 from .grad_norm import local_tensor
@@ -72,9 +72,12 @@ class TritonClass:
     """
 
     def __init__(
-        self, operands: list[list[Tensor]], steps: list[Tensor], group_numbers: list[int],
+        self,
+        operands: list[list[Tensor]],
+        steps: list[Tensor],
+        group_numbers: list[int],
         aligned: tuple[bool, bool],
-    ) -> None:  # fmt: skip
+    ) -> None:
         first = operands[0]
         device = self.device = first[0].device
         self.dtypes = [triton_dtype(t.dtype) for t in first[:4]]
@@ -132,23 +135,46 @@ class TritonClass:
             keep_for_graph(self, held)
         with torch.cuda.device_of(self.coefs):
             advance_kernel[(triton.cdiv(table.n_tensors, 1024),)](
-                hyper, lr_pointers, self.group_of, self.step_pointers, self.coefs,
-                self.coefs if clip is None else clip, self.coefs if scale is None else scale,
-                self.coefs if found_inf is None else found_inf, table.n_tensors,
-                HYPER=_HYPER, COEFS=_COEFS, HAS_CLIP=clip is not None,
-                HAS_SCALE=scale is not None, HAS_FOUND_INF=found_inf is not None, BLOCK=1024,
+                hyper,
+                lr_pointers,
+                self.group_of,
+                self.step_pointers,
+                self.coefs,
+                self.coefs if clip is None else clip,
+                self.coefs if scale is None else scale,
+                self.coefs if found_inf is None else found_inf,
+                table.n_tensors,
+                HYPER=_HYPER,
+                COEFS=_COEFS,
+                HAS_CLIP=clip is not None,
+                HAS_SCALE=scale is not None,
+                HAS_FOUND_INF=found_inf is not None,
+                BLOCK=1024,
                 num_warps=4,
-            )  # fmt: skip
+            )
         if table.n_chunks > 0:
             p, g, m, v = self.dtypes
             table.launch(
-                adamw_kernel, addresses, table.lengths, table.chunks, self.coefs,
-                self.coefs if found_inf is None else found_inf, table.n_tensors,
-                table.n_chunks, 0 if seed is None else seed,
-                P=p, G=g, M=m, V=v, COEFS=_COEFS, HAS_MASTER=self.has_master,
+                adamw_kernel,
+                addresses,
+                table.lengths,
+                table.chunks,
+                self.coefs,
+                self.coefs if found_inf is None else found_inf,
+                table.n_tensors,
+                table.n_chunks,
+                0 if seed is None else seed,
+                P=p,
+                G=g,
+                M=m,
+                V=v,
+                COEFS=_COEFS,
+                HAS_MASTER=self.has_master,
                 HAS_FOUND_INF=found_inf is not None,
-                ALIGNED=self.aligned[0], GRAD_ALIGNED=self.aligned[1], ROUND=seed is not None,
-            )  # fmt: skip
+                ALIGNED=self.aligned[0],
+                GRAD_ALIGNED=self.aligned[1],
+                ROUND=seed is not None,
+            )
         del held
 
 
@@ -227,9 +253,13 @@ def _one_order(operands: list[Tensor]) -> list[Tensor]:
 
 
 def update_staged(
-    group: dict[str, Any], param: Tensor, grad: Any, state: dict[str, Any], scale: float,
+    group: dict[str, Any],
+    param: Tensor,
+    grad: Any,
+    state: dict[str, Any],
+    scale: float,
     seed: int | None,
-) -> None:  # fmt: skip
+) -> None:
     """Update one parameter through contiguous copies in the arithmetic's dtype.
 
     torch's kernel walks memory from the first element and takes one dtype for all operands, so
@@ -309,7 +339,7 @@ class _Round:
         self.triton: TritonUpdate | None = None
 
 
-class _Plan(Plan):
+class _PreparedStep(PreparedStep):
     """The rounds of a step: one, unless a parameter is listed several times."""
 
     def __init__(
@@ -330,7 +360,7 @@ class _Plan(Plan):
         grads: list[Tensor | None],
         state: dict[Any, Any],
     ) -> bool:
-        """Return whether nothing that the plan relies on has changed since it was made."""
+        """Return whether nothing that this step relies on has changed since it was prepared."""
         return (
             super().fits(layout, params, grads, state)
             and all(params[i].is_contiguous() for i in self.dense)
@@ -338,7 +368,7 @@ class _Plan(Plan):
         )
 
 
-class FusedAdamW(PlannedOptimizer):
+class FusedAdamW(FusedOptimizer):
     """AdamW in one pass over parameters, gradients and moments.
 
     A drop-in for `torch.optim.AdamW`, with its arguments and their order.
@@ -413,10 +443,18 @@ class FusedAdamW(PlannedOptimizer):
         self._seed = seed
         # The keys of torch.optim.AdamW's groups.
         defaults = {
-            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad,
-            "maximize": maximize, "foreach": foreach, "capturable": capturable,
-            "differentiable": differentiable, "fused": fused, "decoupled_weight_decay": True,
-        }  # fmt: skip
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+            "maximize": maximize,
+            "foreach": foreach,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "fused": fused,
+            "decoupled_weight_decay": True,
+        }
         super().__init__(params, defaults)
 
     def _adopt(self, group: dict[str, Any]) -> None:
@@ -451,11 +489,11 @@ class FusedAdamW(PlannedOptimizer):
             state["master"] = param.detach().to(torch.float32, copy=True)
         return state
 
-    def _build_plan(
+    def _prepare(
         self, layout: list[Any], params: list[Tensor], grads: list[Tensor | None]
-    ) -> _Plan:
+    ) -> _PreparedStep:
         keys = [*self._state_keys, *(["master"] if self._master_weights else [])]
-        plan = _Plan(layout, params, grads, keys)
+        prepared = _PreparedStep(layout, params, grads, keys)
         rounds: list[list[int]] = []  # a parameter's k-th occurrence is in the k-th round
         occurrences: Counter[Tensor] = Counter()
         for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
@@ -474,18 +512,18 @@ class FusedAdamW(PlannedOptimizer):
             occurrences[param] += 1
         numbers = [n for n, group in enumerate(self.param_groups) for _ in group["params"]]
         for indices in rounds:
-            self._plan_round(plan, indices, params, grads, numbers)
-        return plan
+            self._prepare_round(prepared, indices, params, grads, numbers)
+        return prepared
 
-    def _plan_round(
+    def _prepare_round(
         self,
-        plan: _Plan,
+        prepared: _PreparedStep,
         indices: list[int],
         params: list[Tensor],
         grads: list[Tensor | None],
         group_numbers: list[int],
     ) -> None:
-        planned = _Round()
+        one_round = _Round()
         sets: dict[tuple[torch.device, bool], list[int]] = {}
         for i in indices:
             local = local_tensor(params[i])
@@ -498,17 +536,17 @@ class FusedAdamW(PlannedOptimizer):
                 torch.as_tensor(self.state[params[i]]["step"], dtype=torch.float32, device=device)
                 for i in members
             ]
-            if plan.rounds:  # the step counts are views of a vector already
+            if prepared.rounds:  # the step counts are views of a vector already
                 counters = counts
             else:
                 counter = torch.stack([count.reshape(()) for count in counts])
                 counts, counters = list(counter.unbind()), [counter]
             if not triton:
-                planned.counters += counters
+                one_round.counters += counters
             for i, step in zip(members, counts, strict=True):
                 param, grad, state = params[i], grads[i], self.state[params[i]]
                 state["step"] = step
-                plan.add(param, state)
+                prepared.add(param, state)
                 if triton:
                     entries.append((i, state, group_numbers[i]))
                     continue
@@ -522,18 +560,18 @@ class FusedAdamW(PlannedOptimizer):
                     and not (self._rounding and param.dtype == torch.bfloat16)
                 )
                 if not plain:
-                    planned.staged.append((group_numbers[i], i, state))
+                    one_round.staged.append((group_numbers[i], i, state))
                     continue
-                plan.dense.append(i)
+                prepared.dense.append(i)
                 key = (group_numbers[i], tensors[0].dtype, tensors[0].device)
                 _, of_group, states = batches.setdefault(key, (group_numbers[i], [], []))
                 of_group.append(i)
                 states.append(state)
-        planned.native = list(batches.values())
-        planned.triton = TritonUpdate(entries) if entries else None
-        plan.rounds.append(planned)
+        one_round.native = list(batches.values())
+        one_round.triton = TritonUpdate(entries) if entries else None
+        prepared.rounds.append(one_round)
 
-    @planned_step
+    @wrap_step
     def step(
         self,
         closure: Callable[[], float] | None = None,
@@ -561,29 +599,29 @@ class FusedAdamW(PlannedOptimizer):
         loss = None if closure is None else torch.enable_grad()(closure)()
         grad_scale = getattr(self, "grad_scale", None) if grad_scale is None else grad_scale
         found_inf = getattr(self, "found_inf", None) if found_inf is None else found_inf
-        params, grads, plan = self._planned()
-        for planned in plan.rounds:
-            self._update(planned, params, grads, (clip_coefficient, grad_scale, found_inf))
+        params, grads, prepared = self._prepared_step()
+        for one_round in prepared.rounds:
+            self._update(one_round, params, grads, (clip_coefficient, grad_scale, found_inf))
         return loss
 
     def _update(
         self,
-        planned: _Round,
+        one_round: _Round,
         params: list[Tensor],
         grads: list[Any],
         scalars: tuple[Tensor | None, Tensor | None, Tensor | None],
     ) -> None:
         groups = self.param_groups
-        if planned.triton is not None:
+        if one_round.triton is not None:
             seed = self._seed if self._rounding else None
-            planned.triton.launch(params, grads, groups, scalars, seed)
+            one_round.triton.launch(params, grads, groups, scalars, seed)
         clip_coefficient, grad_scale, found_inf = scalars
-        if not planned.counters or number_in(found_inf, 0.0) != 0:
+        if not one_round.counters or number_in(found_inf, 0.0) != 0:
             return
         scale = number_in(clip_coefficient, 1.0) / number_in(grad_scale, 1.0)
-        for counter in planned.counters:
+        for counter in one_round.counters:
             counter.add_(1)
-        for number, indices, states in planned.native:
+        for number, indices, states in one_round.native:
             # Parameters that torch's fused kernel takes as they are: same group, same dtype.
             first, second, steps = ([s[key] for s in states] for key in (*_MOMENTS, "step"))
             ours, theirs = ([tensors[i] for i in indices] for tensors in (params, grads))
@@ -593,7 +631,7 @@ class FusedAdamW(PlannedOptimizer):
             options, theirs = _arguments(groups[number]), _scaled(theirs, scale)
             torch._fused_adamw_(ours, theirs, first, second, [], steps, **options)
             torch.autograd.graph.increment_version(ours)
-        for number, i, state in planned.staged:
+        for number, i, state in one_round.staged:
             seed = hash((self._seed, i, int(state["step"].item()))) if self._rounding else None
             update_staged(groups[number], params[i], grads[i], state, scale, seed)
 

@@ -388,8 +388,10 @@ def _cases() -> Iterator[Case]:
         make = partial(adamw, dtype, size, **options)
         yield Case(f"FusedAdamW {dtype}{what}", make, size, "offset" not in options)
     for dtype, products, scalars in (
-        ("fp32", "bf16", False), ("fp32", "fp32", True), ("bf16", "bf16", False)
-    ):  # fmt: skip
+        ("fp32", "bf16", False),
+        ("fp32", "fp32", True),
+        ("bf16", "bf16", False),
+    ):
         what = " clip, skip, lr on the device" if scalars else ""
         make = partial(muon, dtype, 64, 128, products=products, scalars=scalars)
         yield Case(f"Muon {dtype}{what}", make, n)

@@ -23,7 +23,7 @@ Legend: N rows (tokens), V vocabulary.
 """
 
 from functools import reduce
-from typing import Any, Literal, Unpack, overload
+from typing import Any, Literal, NamedTuple, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ from ._cross_entropy_cpu import cross_entropy_rows, read_targets
 from ._cross_entropy_kernels import cross_entropy_kernel
 from ._dispatch import (
     define_op,
+    gradients_of,
     is_abstract,
     is_traced,
     is_transformed,
@@ -77,28 +78,44 @@ class CrossEntropyKeywords(Keywords, total=False):
 
 @overload
 def cross_entropy_reference(
-    logits: Tensor, targets: Tensor, weight: Tensor | None = ..., *,
-    return_lse: Literal[False] = ..., return_accuracy: Literal[False] = ...,
+    logits: Tensor,
+    targets: Tensor,
+    weight: Tensor | None = ...,
+    *,
+    return_lse: Literal[False] = ...,
+    return_accuracy: Literal[False] = ...,
     **options: Unpack[CrossEntropyKeywords],
-) -> Tensor: ...  # fmt: skip
+) -> Tensor: ...
 @overload
 def cross_entropy_reference(
-    logits: Tensor, targets: Tensor, weight: Tensor | None = ..., *,
-    return_lse: Literal[True], return_accuracy: bool = ...,
+    logits: Tensor,
+    targets: Tensor,
+    weight: Tensor | None = ...,
+    *,
+    return_lse: Literal[True],
+    return_accuracy: bool = ...,
     **options: Unpack[CrossEntropyKeywords],
-) -> tuple[Tensor, ...]: ...  # fmt: skip
+) -> tuple[Tensor, ...]: ...
 @overload
 def cross_entropy_reference(
-    logits: Tensor, targets: Tensor, weight: Tensor | None = ..., *,
-    return_lse: bool = ..., return_accuracy: Literal[True],
+    logits: Tensor,
+    targets: Tensor,
+    weight: Tensor | None = ...,
+    *,
+    return_lse: bool = ...,
+    return_accuracy: Literal[True],
     **options: Unpack[CrossEntropyKeywords],
-) -> tuple[Tensor, ...]: ...  # fmt: skip
+) -> tuple[Tensor, ...]: ...
 @overload
 def cross_entropy_reference(
-    logits: Tensor, targets: Tensor, weight: Tensor | None = ..., *,
-    return_lse: bool = ..., return_accuracy: bool = ...,
+    logits: Tensor,
+    targets: Tensor,
+    weight: Tensor | None = ...,
+    *,
+    return_lse: bool = ...,
+    return_accuracy: bool = ...,
     **options: Unpack[CrossEntropyKeywords],
-) -> Tensor | tuple[Tensor, ...]: ...  # fmt: skip
+) -> Tensor | tuple[Tensor, ...]: ...
 def cross_entropy_reference(
     logits: Tensor,
     targets: Tensor,
@@ -196,11 +213,18 @@ def _configuration(
 
 
 def launch_cross_entropy(
-    logits: Tensor, targets: Tensor, grad: Tensor | None, lse: Tensor, options: LossOptions,
-    *, losses: Tensor | None = None, correct: Tensor | None = None,
-    class_weight_sum: Tensor | None = None, upstream: Tensor | None = None,
+    logits: Tensor,
+    targets: Tensor,
+    grad: Tensor | None,
+    lse: Tensor,
+    options: LossOptions,
+    *,
+    losses: Tensor | None = None,
+    correct: Tensor | None = None,
+    class_weight_sum: Tensor | None = None,
+    upstream: Tensor | None = None,
     skip_unit: bool = False,
-) -> None:  # fmt: skip
+) -> None:
     """Launch one program for each row of ``logits``, (N, V), whose rows are contiguous.
 
     ``losses``, ``correct`` and ``grad`` are written where they are given; ``lse`` is written
@@ -227,26 +251,57 @@ def launch_cross_entropy(
 
     with torch.cuda.device_of(logits):
         cross_entropy_kernel[(n_rows,)](
-            logits, out, targets, given(losses), lse, given(correct), given(class_weight),
-            given(class_weight_sum), given(token_weight), given(scale), given(upstream),
-            n_cols, ignore_index, logits.stride(0), out.stride(0),
-            0 if token_weight is None else token_weight.stride(0), per_row,
-            label_smoothing, z_loss, softcap,
-            BLOCK_N=block, REST=rest, ALIGN=align, SINGLE_PASS=single, HAS_EDGES=has_edges,
-            COMPUTE_LOSS=losses is not None, WRITE_GRAD=grad is not None, SKIP_UNIT=skip_unit,
-            HAS_UPSTREAM=upstream is not None, HAS_SCALE=scale is not None,
+            logits,
+            out,
+            targets,
+            given(losses),
+            lse,
+            given(correct),
+            given(class_weight),
+            given(class_weight_sum),
+            given(token_weight),
+            given(scale),
+            given(upstream),
+            n_cols,
+            ignore_index,
+            logits.stride(0),
+            out.stride(0),
+            0 if token_weight is None else token_weight.stride(0),
+            per_row,
+            label_smoothing,
+            z_loss,
+            softcap,
+            BLOCK_N=block,
+            REST=rest,
+            ALIGN=align,
+            SINGLE_PASS=single,
+            HAS_EDGES=has_edges,
+            COMPUTE_LOSS=losses is not None,
+            WRITE_GRAD=grad is not None,
+            SKIP_UNIT=skip_unit,
+            HAS_UPSTREAM=upstream is not None,
+            HAS_SCALE=scale is not None,
             HAS_CLASS_WEIGHT=class_weight is not None,
-            HAS_TOKEN_WEIGHT=token_weight is not None, HAS_SMOOTHING=label_smoothing != 0.0,
-            HAS_Z_LOSS=z_loss != 0.0, HAS_SOFTCAP=softcap != 0.0,
-            HAS_CORRECT=correct is not None, num_warps=num_warps,
-        )  # fmt: skip
+            HAS_TOKEN_WEIGHT=token_weight is not None,
+            HAS_SMOOTHING=label_smoothing != 0.0,
+            HAS_Z_LOSS=z_loss != 0.0,
+            HAS_SOFTCAP=softcap != 0.0,
+            HAS_CORRECT=correct is not None,
+            num_warps=num_warps,
+        )
 
 
 def compute_cross_entropy(
-    logits: Tensor, targets: Tensor, grad: Tensor | None, options: LossOptions,
-    *, lse: Tensor | None = None, upstream: Tensor | None = None, skip_unit: bool = False,
+    logits: Tensor,
+    targets: Tensor,
+    grad: Tensor | None,
+    options: LossOptions,
+    *,
+    lse: Tensor | None = None,
+    upstream: Tensor | None = None,
+    skip_unit: bool = False,
     want_correct: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return losses, lse and hits of all rows (only those asked for), and fill ``grad``."""
     dtype = accumulation_dtype(logits.dtype)
     n_rows, n_cols = logits.shape
@@ -257,11 +312,17 @@ def compute_cross_entropy(
     if use_triton(logits) and logits.dtype != torch.float64:
         class_weight = options.class_weight
         launch_cross_entropy(
-            logits, targets, grad, lse, options,
-            losses=losses if want_losses else None, correct=correct if want_correct else None,
+            logits,
+            targets,
+            grad,
+            lse,
+            options,
+            losses=losses if want_losses else None,
+            correct=correct if want_correct else None,
             class_weight_sum=None if class_weight is None else class_weight.float().sum(),
-            upstream=upstream, skip_unit=skip_unit,
-        )  # fmt: skip
+            upstream=upstream,
+            skip_unit=skip_unit,
+        )
         return losses, lse, correct
 
     if skip_unit and grad is not None and upstream is not None:
@@ -284,9 +345,14 @@ def compute_cross_entropy(
         # An in-place gradient would leave nothing to compute an underflowing row from.
         source = x.clone() if out.data_ptr() == x.data_ptr() else x
         result = cross_entropy_rows(
-            source, read.of(rows), out, options.of(rows), want_grad=grad is not None,
-            want_correct=want_correct, logits_of=source.__getitem__,
-        )  # fmt: skip
+            source,
+            read.of(rows),
+            out,
+            options.of(rows),
+            want_grad=grad is not None,
+            want_correct=want_correct,
+            logits_of=source.__getitem__,
+        )
         if want_losses:
             losses[rows], lse[rows] = result.losses, result.lse
         if want_correct:
@@ -306,53 +372,121 @@ def compute_cross_entropy(
     return losses, lse, correct
 
 
-# In an op's arguments the options are flat.
-def _compute(logits: Tensor, targets: Tensor, *flat: Any) -> tuple[Tensor, ...]:
-    *options, reduce, want_grad, want_correct = flat
-    grad = empty_grad(logits) if want_grad else None
+class _Inputs(NamedTuple):
+    """The inputs of the op, as its schema has them: the options are flat there."""
+
+    logits: Tensor  # (N, V)
+    targets: Tensor  # (N,)
+    class_weight: Tensor | None  # (V,)
+    token_weight: Tensor | None  # (N,)
+    scale: Tensor | None  # ()
+    ignore_index: int
+    label_smoothing: float
+    z_loss: float
+    softcap: float
+    reduce: bool
+    want_grad: bool
+    want_correct: bool
+
+    @property
+    def options(self) -> LossOptions:
+        return LossOptions(*(getattr(self, name) for name in LossOptions._fields))
+
+
+class _BackwardInputs(NamedTuple):
+    """The inputs of the op that computes the gradient again."""
+
+    upstream: Tensor  # (N,) or ()
+    logits: Tensor  # (N, V)
+    targets: Tensor  # (N,)
+    lse: Tensor  # (N,)
+    class_weight: Tensor | None  # (V,)
+    token_weight: Tensor | None  # (N,)
+    scale: Tensor | None  # ()
+    ignore_index: int
+    label_smoothing: float
+    z_loss: float
+    softcap: float
+
+    @property
+    def options(self) -> LossOptions:
+        return LossOptions(*(getattr(self, name) for name in LossOptions._fields))
+
+
+class _Saved(NamedTuple):
+    """What forward saves for backward as tensors."""
+
+    logits: Tensor  # (N, V)
+    targets: Tensor  # (N,)
+    lse: Tensor  # (N,)
+    class_weight: Tensor | None
+    token_weight: Tensor | None
+    scale: Tensor | None
+    grad: Tensor | None  # (N, V), for an incoming gradient of 1; None: not computed yet
+
+
+def _compute(*arguments: Any) -> tuple[Tensor, ...]:
+    inputs = _Inputs(*arguments)
+    grad = empty_grad(inputs.logits) if inputs.want_grad else None
     losses, lse, correct = compute_cross_entropy(
-        logits, targets, grad, LossOptions(*options), want_correct=want_correct
+        inputs.logits, inputs.targets, grad, inputs.options, want_correct=inputs.want_correct
     )
-    return losses.sum() if reduce else losses, lse, correct, _or_empty(grad, logits)
+    loss = losses.sum() if inputs.reduce else losses
+    return loss, lse, correct, _or_empty(grad, inputs.logits)
 
 
 def _or_empty(grad: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0) if grad is None else grad
 
 
-def _allocate(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    logits, reduce, want_grad, want_correct = args[0], *args[-3:]
+def _allocate(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    inputs = _Inputs(*arguments)
+    logits = inputs.logits
     dtype, n_rows = accumulation_dtype(logits.dtype), logits.shape[0]
     return (
-        logits.new_empty(() if reduce else (n_rows,), dtype=dtype),
+        logits.new_empty(() if inputs.reduce else (n_rows,), dtype=dtype),
         logits.new_empty(n_rows, dtype=dtype),
-        logits.new_empty(n_rows if want_correct else 0, dtype=dtype),
-        _or_empty(empty_grad(logits) if want_grad else None, logits),
+        logits.new_empty(n_rows if inputs.want_correct else 0, dtype=dtype),
+        _or_empty(empty_grad(logits) if inputs.want_grad else None, logits),
     )
 
 
-def _differentiate(
-    upstream: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, *flat: Any
-) -> Tensor:
-    grad = empty_grad(logits)
-    compute_cross_entropy(logits, targets, grad, LossOptions(*flat), lse=lse, upstream=upstream)
+def _differentiate(*arguments: Any) -> Tensor:
+    inputs = _BackwardInputs(*arguments)
+    grad = empty_grad(inputs.logits)
+    compute_cross_entropy(
+        inputs.logits,
+        inputs.targets,
+        grad,
+        inputs.options,
+        lse=inputs.lse,
+        upstream=inputs.upstream,
+    )
     return grad
 
 
 _backward = define_op(
-    "cross_entropy_backward", _differentiate, lambda *args: empty_grad(args[1]),
+    "cross_entropy_backward",
+    _differentiate,
+    lambda *arguments: empty_grad(_BackwardInputs(*arguments).logits),
     schema=f"(Tensor upstream, Tensor logits, Tensor targets, Tensor lse, {SCHEMA}) -> Tensor",
-)  # fmt: skip
+)
 
 
 def composed_loss(logits: Tensor, targets: Tensor, options: LossOptions, *, reduce: bool) -> Tensor:
     """Return the op's first output in plain torch: the losses of all rows, or their sum."""
     class_weight, token_weight, scale, ignore_index, label_smoothing, z_loss, softcap = options
     loss = cross_entropy_reference(
-        logits, targets, ignore_index=ignore_index, reduction="sum" if reduce else "none",
-        label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap or None,
-        class_weight=class_weight, token_weight=token_weight,
-    )  # fmt: skip
+        logits,
+        targets,
+        ignore_index=ignore_index,
+        reduction="sum" if reduce else "none",
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        softcap=softcap or None,
+        class_weight=class_weight,
+        token_weight=token_weight,
+    )
     return loss if scale is None else loss * scale
 
 
@@ -363,121 +497,157 @@ def _pull_back(upstream: Tensor, logits: Tensor, targets: Tensor, options: LossO
     return pull_back(compute, (logits,), upstream)[0]
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, targets, options, want_grad = *inputs[:2], LossOptions(*inputs[2:9]), inputs[10]
+def _setup_context(ctx: Any, arguments: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    inputs = _Inputs(*arguments)
     _, lse, correct, grad = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(lse, correct, grad)
-    tensors = options[:3]
-    ctx.save_for_backward(logits, targets, lse, *tensors, grad if want_grad else None)
-    ctx.numbers = options[3:]
+    tensors = inputs.options.tensors()
+    kept = grad if inputs.want_grad else None
+    ctx.save_for_backward(*_Saved(inputs.logits, inputs.targets, lse, *tensors, kept))
+    ctx.numbers = inputs.options.without_tensors()
     ctx.is_spent = False  # backward hands the gradient out, and may write to it, once
 
 
 def _backward_formula(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    unused = (None,) * 11
     if upstream is None:
-        return (None, *unused)
-    logits, targets, lse, *tensors, grad = ctx.saved_tensors
-    options = LossOptions(*tensors, *ctx.numbers)
+        return gradients_of(_Inputs)
+    saved = _Saved(*ctx.saved_tensors)
+    logits, grad = saved.logits, saved.grad
+    options = ctx.numbers.with_tensors(saved)
     if is_transformed(upstream):
-        return (_pull_back(upstream, logits, targets, options), *unused)
+        pulled = _pull_back(upstream, logits, saved.targets, options)
+        return gradients_of(_Inputs, logits=pulled)
     # Computed here where it was not in forward, where it was handed out before (a retained graph),
     # where a graph is traced, which must not write to buffers of another op, and where hooks for
     # saved tensors have given it rows that the kernel cannot take beside those of the logits.
     is_here = grad is not None and not ctx.is_spent and not is_abstract(upstream)
-    if not (is_here and have_like_rows(grad, logits)):
-        return (_backward(upstream, logits, targets, lse, *options), *unused)
+    if grad is None or not (is_here and have_like_rows(grad, logits)):
+        again = _backward(upstream, logits, saved.targets, saved.lse, *options)
+        return gradients_of(_Inputs, logits=again)
     ctx.is_spent = True
     # An alias, whose version is its own: a retained graph unpacks the saved tensor once more. And
     # autograd keeps it as a leaf's gradient, where it would copy what something else refers to.
     grad = grad.data
     compute_cross_entropy(
-        logits, targets, grad, options, lse=lse, upstream=upstream, skip_unit=True
+        logits, saved.targets, grad, options, lse=saved.lse, upstream=upstream, skip_unit=True
     )
-    return (grad, *unused)
+    return gradients_of(_Inputs, logits=grad)
 
 
 _forward = define_op(
-    "cross_entropy_forward", _compute, _allocate, _setup_context, _backward_formula,
+    "cross_entropy_forward",
+    _compute,
+    _allocate,
+    _setup_context,
+    _backward_formula,
     schema=f"(Tensor logits, Tensor targets, {SCHEMA}, bool reduce, bool want_grad, "
     "bool want_correct) -> (Tensor, Tensor, Tensor, Tensor)",
-)  # fmt: skip
+)
+
+
+class _InPlaceInputs(NamedTuple):
+    """The inputs of `_InPlace`, which is no op and takes the options as one value."""
+
+    logits: Tensor  # (N, V)
+    targets: Tensor  # (N,)
+    options: LossOptions
+    reduce: bool
+    want_correct: bool
 
 
 class _InPlace(torch.autograd.Function):
     """The same, with the gradient written over the logits. Eager only: see `cross_entropy`."""
 
     @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, targets: Tensor, options: LossOptions, *flags: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        reduce, want_correct = flags
-        ctx.in_forward = reduce and logits.dtype != torch.float16
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        inputs = _InPlaceInputs(*arguments)
+        logits, options = inputs.logits, inputs.options
+        ctx.in_forward = inputs.reduce and logits.dtype != torch.float16
         grad = logits.detach() if ctx.in_forward else None
         losses, lse, correct = compute_cross_entropy(
-            logits, targets, grad, options, want_correct=want_correct
+            logits, inputs.targets, grad, options, want_correct=inputs.want_correct
         )
         if ctx.in_forward:
             # Autograd then refuses other backwards that saved these logits.
             torch.autograd.graph.increment_version(logits)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(lse, correct)
-        ctx.save_for_backward(logits, targets, lse, *options[:3])
-        ctx.numbers = options[3:]
+        saved = _Saved(logits, inputs.targets, lse, *options.tensors(), grad=None)
+        ctx.save_for_backward(*saved)
+        ctx.numbers = options.without_tensors()
         ctx.is_spent = False
-        return losses.sum() if reduce else losses, lse, correct
+        return losses.sum() if inputs.reduce else losses, lse, correct
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        unused = (None,) * 4
         if upstream is None:
-            return (None, *unused)
+            return gradients_of(_InPlaceInputs)
         if ctx.is_spent:
             raise RuntimeError(
                 "cross_entropy: inplace=True keeps one gradient, in the memory of the logits, and "
                 "it was handed out already; use inplace=False to run backward more than once."
             )
-        logits, targets, lse, *tensors = ctx.saved_tensors
-        options = LossOptions(*tensors, *ctx.numbers)
+        saved = _Saved(*ctx.saved_tensors)
+        logits = saved.logits
+        options = ctx.numbers.with_tensors(saved)
         if is_transformed(upstream):
             if ctx.in_forward:
-                return (logits.data * upstream, *unused)
-            return (_pull_back(upstream, logits, targets, options), *unused)
+                return gradients_of(_InPlaceInputs, logits=logits.data * upstream)
+            pulled = _pull_back(upstream, logits, saved.targets, options)
+            return gradients_of(_InPlaceInputs, logits=pulled)
         ctx.is_spent = True
         grad = logits.data
         if ctx.in_forward:
             scale_unless_one_(grad, upstream)
         else:
-            compute_cross_entropy(grad, targets, grad, options, lse=lse, upstream=upstream)
+            compute_cross_entropy(
+                grad, saved.targets, grad, options, lse=saved.lse, upstream=upstream
+            )
             torch.autograd.graph.increment_version(logits)
-        return (grad, *unused)
+        return gradients_of(_InPlaceInputs, logits=grad)
 
 
 @overload
 def cross_entropy(
-    logits: Tensor, targets: Tensor, weight: Tensor | None = ..., *,
-    return_lse: Literal[False] = ..., return_accuracy: Literal[False] = ...,
+    logits: Tensor,
+    targets: Tensor,
+    weight: Tensor | None = ...,
+    *,
+    return_lse: Literal[False] = ...,
+    return_accuracy: Literal[False] = ...,
     **options: Unpack[CrossEntropyKeywords],
-) -> Tensor: ...  # fmt: skip
+) -> Tensor: ...
 @overload
 def cross_entropy(
-    logits: Tensor, targets: Tensor, weight: Tensor | None = ..., *,
-    return_lse: Literal[True], return_accuracy: bool = ...,
+    logits: Tensor,
+    targets: Tensor,
+    weight: Tensor | None = ...,
+    *,
+    return_lse: Literal[True],
+    return_accuracy: bool = ...,
     **options: Unpack[CrossEntropyKeywords],
-) -> tuple[Tensor, ...]: ...  # fmt: skip
+) -> tuple[Tensor, ...]: ...
 @overload
 def cross_entropy(
-    logits: Tensor, targets: Tensor, weight: Tensor | None = ..., *,
-    return_lse: bool = ..., return_accuracy: Literal[True],
+    logits: Tensor,
+    targets: Tensor,
+    weight: Tensor | None = ...,
+    *,
+    return_lse: bool = ...,
+    return_accuracy: Literal[True],
     **options: Unpack[CrossEntropyKeywords],
-) -> tuple[Tensor, ...]: ...  # fmt: skip
+) -> tuple[Tensor, ...]: ...
 @overload
 def cross_entropy(
-    logits: Tensor, targets: Tensor, weight: Tensor | None = ..., *,
-    return_lse: bool = ..., return_accuracy: bool = ...,
+    logits: Tensor,
+    targets: Tensor,
+    weight: Tensor | None = ...,
+    *,
+    return_lse: bool = ...,
+    return_accuracy: bool = ...,
     **options: Unpack[CrossEntropyKeywords],
-) -> Tensor | tuple[Tensor, ...]: ...  # fmt: skip
+) -> Tensor | tuple[Tensor, ...]: ...
 @tell_apart(_CALL, **REMEDIES, input="it is named logits")
 def cross_entropy(
     logits: Tensor,
@@ -570,12 +740,19 @@ def cross_entropy(
         raise TypeError(f"{name}: logits must be floating point, got {logits.dtype}.")
     if is_transformed():
         return cross_entropy_reference(
-            logits, targets, ignore_index=ignore_index, reduction=reduction,
-            label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap,
-            class_weight=class_weight, token_weight=token_weight, scale=scale,
+            logits,
+            targets,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            softcap=softcap,
+            class_weight=class_weight,
+            token_weight=token_weight,
+            scale=scale,
             return_lse=return_lse,
             return_accuracy=return_accuracy,
-        )  # fmt: skip
+        )
     x = logits.reshape(-1, n_cols)
     reduce, needs_grad = reduction != "none", torch.is_grad_enabled() and logits.requires_grad
     compiling = torch.compiler.is_compiling()

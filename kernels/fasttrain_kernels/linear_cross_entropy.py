@@ -31,6 +31,7 @@ from ._cross_entropy_cpu import cross_entropy_rows, read_targets
 from ._dispatch import (
     autocasts,
     define_op,
+    gradients_of,
     is_abstract,
     is_traced,
     is_transformed,
@@ -78,28 +79,44 @@ class LinearKeywords(Keywords, total=False):
 
 @overload
 def linear_cross_entropy_reference(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *,
-    return_lse: Literal[False] = ..., return_accuracy: Literal[False] = ...,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    return_lse: Literal[False] = ...,
+    return_accuracy: Literal[False] = ...,
     **options: Unpack[LinearKeywords],
-) -> Tensor: ...  # fmt: skip
+) -> Tensor: ...
 @overload
 def linear_cross_entropy_reference(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *,
-    return_lse: Literal[True], return_accuracy: bool = ...,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    return_lse: Literal[True],
+    return_accuracy: bool = ...,
     **options: Unpack[LinearKeywords],
-) -> tuple[Tensor, ...]: ...  # fmt: skip
+) -> tuple[Tensor, ...]: ...
 @overload
 def linear_cross_entropy_reference(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *,
-    return_lse: bool = ..., return_accuracy: Literal[True],
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    return_lse: bool = ...,
+    return_accuracy: Literal[True],
     **options: Unpack[LinearKeywords],
-) -> tuple[Tensor, ...]: ...  # fmt: skip
+) -> tuple[Tensor, ...]: ...
 @overload
 def linear_cross_entropy_reference(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *,
-    return_lse: bool = ..., return_accuracy: bool = ...,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    return_lse: bool = ...,
+    return_accuracy: bool = ...,
     **options: Unpack[LinearKeywords],
-) -> Tensor | tuple[Tensor, ...]: ...  # fmt: skip
+) -> Tensor | tuple[Tensor, ...]: ...
 def linear_cross_entropy_reference(
     hidden: Tensor,
     weight: Tensor,
@@ -181,10 +198,18 @@ def _accumulate(
 
 
 def compute_linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: LossOptions,
-    rows: int, want: tuple[bool, bool, bool], *, lse: Tensor | None = None,
-    upstream: Tensor | None = None, want_correct: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Gradients]:  # fmt: skip
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    options: LossOptions,
+    rows: int,
+    want: tuple[bool, bool, bool],
+    *,
+    lse: Tensor | None = None,
+    upstream: Tensor | None = None,
+    want_correct: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Gradients]:
     """Return losses, lse, hits (each (N,)) and the gradients that ``want`` names.
 
     A chunk has ``rows`` rows. With ``lse``, from an earlier forward, only gradients are computed;
@@ -216,16 +241,32 @@ def compute_linear_cross_entropy(
             bias_in = None if bias is None else bias.to(hidden.dtype)
             run = _on_kernels if kernels else _on_torch
             results = run(
-                hidden, weight_in, bias_in, targets, options, rows, grads, lse, upstream,
+                hidden,
+                weight_in,
+                bias_in,
+                targets,
+                options,
+                rows,
+                grads,
+                lse,
+                upstream,
                 want_correct,
-            )  # fmt: skip
+            )
         return *results, grads
 
 
 def _on_kernels(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: LossOptions,
-    rows: int, grads: Gradients, lse: Tensor | None, upstream: Tensor | None, want_correct: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    options: LossOptions,
+    rows: int,
+    grads: Gradients,
+    lse: Tensor | None,
+    upstream: Tensor | None,
+    want_correct: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     n_rows, n_cols = hidden.shape[0], weight.shape[0]
     new = hidden.new_empty
     want_losses = lse is None
@@ -249,11 +290,16 @@ def _on_kernels(
         x = buffer[: h.shape[0]]
         _multiply(h, weight, bias, x)
         launch_cross_entropy(
-            x, targets[part], x if any_grad else None, lse_out[part], options.of(part),
+            x,
+            targets[part],
+            x if any_grad else None,
+            lse_out[part],
+            options.of(part),
             losses=losses[part] if want_losses else None,
-            correct=correct[part] if want_correct else None, class_weight_sum=weight_sum,
+            correct=correct[part] if want_correct else None,
+            class_weight_sum=weight_sum,
             upstream=upstream if upstream is None or upstream.dim() == 0 else upstream[part],
-        )  # fmt: skip
+        )
         if grads.weight is not None:
             kept = scratch[: h.shape[0]] if grads.hidden is None else grads.hidden[part]
             torch.where(ignored[part], zero, h, out=kept)
@@ -266,9 +312,17 @@ def _on_kernels(
 
 
 def _on_torch(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: LossOptions,
-    rows: int, grads: Gradients, lse: Tensor | None, upstream: Tensor | None, want_correct: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    options: LossOptions,
+    rows: int,
+    grads: Gradients,
+    lse: Tensor | None,
+    upstream: Tensor | None,
+    want_correct: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     (n_rows, n_cols), dtype = (hidden.shape[0], weight.shape[0]), accumulation_dtype(hidden.dtype)
     options, scale = options.to(dtype), options.scale
     # Rows whose target is ignored are dropped before the product: exact, and padding costs nothing.
@@ -307,9 +361,14 @@ def _on_torch(
             return torch.nn.functional.linear(h[chosen], weight, bias)
 
         result = cross_entropy_rows(
-            x, read.of(index), out, options.of(index), want_grad=any_grad,
-            want_correct=want_correct, logits_of=logits_of,
-        )  # fmt: skip
+            x,
+            read.of(index),
+            out,
+            options.of(index),
+            want_grad=any_grad,
+            want_correct=want_correct,
+            logits_of=logits_of,
+        )
         losses[index], lse_out[index] = result.losses, result.lse
         if want_correct:
             correct[index] = result.correct
@@ -352,51 +411,130 @@ def _pack(grads: Gradients, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return dh, dw, db
 
 
-def _compute(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *flat: Any
-) -> tuple[Tensor, ...]:
-    options, (max_chunk_mib, reduce, *want, want_correct) = LossOptions(*flat[:7]), flat[7:]
+class _Inputs(NamedTuple):
+    """The inputs of the op, as its schema has them: the options are flat there."""
+
+    hidden: Tensor  # (N, D)
+    weight: Tensor  # (V, D)
+    bias: Tensor | None  # (V,)
+    targets: Tensor  # (N,)
+    class_weight: Tensor | None  # (V,)
+    token_weight: Tensor | None  # (N,)
+    scale: Tensor | None  # ()
+    ignore_index: int
+    label_smoothing: float
+    z_loss: float
+    softcap: float
+    max_chunk_mib: float | None
+    reduce: int  # 0: the losses of all rows; 1: their sum; 2: and its incoming gradient is 1
+    want_hidden: bool  # the gradient of hidden; the others alike
+    want_weight: bool
+    want_bias: bool
+    want_correct: bool
+
+    @property
+    def options(self) -> LossOptions:
+        return LossOptions(*(getattr(self, name) for name in LossOptions._fields))
+
+
+class _BackwardInputs(NamedTuple):
+    """The inputs of the op that computes the gradients again."""
+
+    upstream: Tensor  # (N,) or ()
+    hidden: Tensor  # (N, D)
+    weight: Tensor  # (V, D)
+    bias: Tensor | None  # (V,)
+    targets: Tensor  # (N,)
+    lse: Tensor  # (N,)
+    class_weight: Tensor | None  # (V,)
+    token_weight: Tensor | None  # (N,)
+    scale: Tensor | None  # ()
+    ignore_index: int
+    label_smoothing: float
+    z_loss: float
+    softcap: float
+    max_chunk_mib: float | None
+    want_hidden: bool
+    want_weight: bool
+    want_bias: bool
+
+    @property
+    def options(self) -> LossOptions:
+        return LossOptions(*(getattr(self, name) for name in LossOptions._fields))
+
+
+class _Saved(NamedTuple):
+    """What forward saves for backward as tensors."""
+
+    hidden: Tensor  # (N, D)
+    weight: Tensor  # (V, D)
+    bias: Tensor | None  # (V,)
+    targets: Tensor  # (N,)
+    lse: Tensor  # (N,)
+    class_weight: Tensor | None
+    token_weight: Tensor | None
+    scale: Tensor | None
+    grad_hidden: Tensor | None  # for an incoming gradient of 1; None: not wanted, or not computed
+    grad_weight: Tensor | None
+    grad_bias: Tensor | None
+
+
+def _compute(*arguments: Any) -> tuple[Tensor, ...]:
+    inputs = _Inputs(*arguments)
+    hidden, weight, options = inputs.hidden, inputs.weight, inputs.options
     # Gradients divided by N leave the range of fp16: there the scale is applied in backward.
     late = hidden.dtype == torch.float16
     losses, lse, correct, grads = compute_linear_cross_entropy(
-        hidden, weight, bias, targets, options._replace(scale=None) if late else options,
-        chunk_rows(hidden, weight.shape[0], max_chunk_mib), tuple(want), want_correct=want_correct,
-    )  # fmt: skip
-    loss = losses.sum() if reduce else losses
+        hidden,
+        weight,
+        inputs.bias,
+        inputs.targets,
+        options._replace(scale=None) if late else options,
+        chunk_rows(hidden, weight.shape[0], inputs.max_chunk_mib),
+        (inputs.want_hidden, inputs.want_weight, inputs.want_bias),
+        want_correct=inputs.want_correct,
+    )
+    loss = losses.sum() if inputs.reduce else losses
     if late and options.scale is not None:
         loss = loss * options.scale
     return loss, lse, correct, *_pack(grads, hidden)
 
 
-def _allocate(*args: Any) -> tuple[Tensor, ...]:
-    hidden, weight = args[:2]
-    max_chunk_mib, reduce, want_hidden, want_weight, want_bias, want_correct = args[11:17]
+def _allocate(*arguments: Any) -> tuple[Tensor, ...]:
+    inputs = _Inputs(*arguments)
+    hidden, weight = inputs.hidden, inputs.weight
     dtype, (n_rows, dim) = accumulation_dtype(hidden.dtype), hidden.shape
     n_cols = weight.shape[0]
-    rows = chunk_rows(hidden, n_cols, max_chunk_mib)
+    rows = chunk_rows(hidden, n_cols, inputs.max_chunk_mib)
     new = hidden.new_empty
-    return (
-        new(() if reduce else (n_rows,), dtype=dtype),
-        new(n_rows, dtype=dtype),
-        new(n_rows if want_correct else 0, dtype=dtype),
-        new((n_rows, dim)) if want_hidden else new(0),
-        new((n_cols, dim), dtype=weight_grad_dtype(hidden, weight, rows))
-        if want_weight
-        else new(0),
-        new(n_cols, dtype=dtype) if want_bias else new(0),
-    )
+    grad_hidden, grad_weight, grad_bias = new(0), new(0), new(0)
+    if inputs.want_hidden:
+        grad_hidden = new((n_rows, dim))
+    if inputs.want_weight:
+        grad_weight = new((n_cols, dim), dtype=weight_grad_dtype(hidden, weight, rows))
+    if inputs.want_bias:
+        grad_bias = new(n_cols, dtype=dtype)
+    loss = new(() if inputs.reduce else (n_rows,), dtype=dtype)
+    lse = new(n_rows, dtype=dtype)
+    correct = new(n_rows if inputs.want_correct else 0, dtype=dtype)
+    return loss, lse, correct, grad_hidden, grad_weight, grad_bias
 
 
-def _differentiate(
-    upstream: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
-    lse: Tensor, *flat: Any,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def _differentiate(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the gradients from the inputs, for any incoming gradient, (N,) or ()."""
-    rows = chunk_rows(hidden, weight.shape[0], flat[7])
+    inputs = _BackwardInputs(*arguments)
+    hidden, weight, bias = inputs.hidden, inputs.weight, inputs.bias
     *_, grads = compute_linear_cross_entropy(
-        hidden, weight, bias, targets, LossOptions(*flat[:7]), rows, flat[8:],
-        lse=lse, upstream=upstream,
-    )  # fmt: skip
+        hidden,
+        weight,
+        bias,
+        inputs.targets,
+        inputs.options,
+        chunk_rows(hidden, weight.shape[0], inputs.max_chunk_mib),
+        (inputs.want_hidden, inputs.want_weight, inputs.want_bias),
+        lse=inputs.lse,
+        upstream=inputs.upstream,
+    )
     if grads.weight is not None:
         grads = grads._replace(weight=grads.weight.to(weight.dtype))
     if grads.bias is not None and bias is not None:
@@ -404,43 +542,61 @@ def _differentiate(
     return _pack(grads, hidden)
 
 
-def _allocate_gradients(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    hidden, weight, bias = args[1:4]
-    want_hidden, want_weight, want_bias = args[-3:]
-    new = hidden.new_empty
+def _allocate_gradients(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    inputs = _BackwardInputs(*arguments)
+    hidden, weight, bias = inputs.hidden, inputs.weight, inputs.bias
+    nothing = hidden.new_empty
     return (
-        new(hidden.shape) if want_hidden else new(0),
-        weight.new_empty(weight.shape) if want_weight else new(0),
-        bias.new_empty(bias.shape) if want_bias and bias is not None else new(0),
+        hidden.new_empty(hidden.shape) if inputs.want_hidden else nothing(0),
+        weight.new_empty(weight.shape) if inputs.want_weight else nothing(0),
+        bias.new_empty(bias.shape) if inputs.want_bias and bias is not None else nothing(0),
     )
 
 
-def _flops(hidden: torch.Size, weight: torch.Size, want: tuple[bool, ...]) -> int:
-    """Count one product for the logits, and one for each gradient that is wanted."""
-    n_products = 1 + sum(want)
-    return 2 * hidden[0] * weight[0] * weight[1] * n_products
+def _flops(inputs: Any) -> int:
+    """Count one product for the logits, and one for each gradient that is wanted.
+
+    ``inputs`` has shapes in place of tensors.
+    """
+    n_products = 1 + inputs.want_hidden + inputs.want_weight
+    n_rows, (n_cols, dim) = inputs.hidden[0], inputs.weight
+    return int(2 * n_rows * n_cols * dim * n_products)
 
 
 _backward = define_op(
-    "linear_cross_entropy_backward", _differentiate, _allocate_gradients,
+    "linear_cross_entropy_backward",
+    _differentiate,
+    _allocate_gradients,
     schema="(Tensor upstream, Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, "
     f"Tensor lse, {SCHEMA}, float? max_chunk_mib, bool want_hidden, bool want_weight, "
     "bool want_bias) -> (Tensor, Tensor, Tensor)",
-    flops=lambda _, hidden, weight, *others: _flops(hidden, weight, others[-3:-1]),
-)  # fmt: skip
+    flops=lambda *shapes: _flops(_BackwardInputs(*shapes)),
+)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, targets = inputs[:4]
-    options, (max_chunk_mib, reduce, *want, _) = LossOptions(*inputs[4:11]), inputs[11:]
+def _setup_context(ctx: Any, arguments: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    inputs = _Inputs(*arguments)
     _, lse, correct, *grads = output
+    grad_hidden, grad_weight, grad_bias = grads
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(lse, correct, *grads)
-    ctx.numbers = *options[3:], max_chunk_mib
-    kept = [grad if reduce and wanted else None for grad, wanted in zip(grads, want, strict=True)]
-    ctx.save_for_backward(hidden, weight, bias, targets, lse, *options[:3], *kept)
+    saved = _Saved(
+        inputs.hidden,
+        inputs.weight,
+        inputs.bias,
+        inputs.targets,
+        lse,
+        *inputs.options.tensors(),
+        grad_hidden=grad_hidden if inputs.reduce and inputs.want_hidden else None,
+        grad_weight=grad_weight if inputs.reduce and inputs.want_weight else None,
+        grad_bias=grad_bias if inputs.reduce and inputs.want_bias else None,
+    )
+    ctx.save_for_backward(*saved)
+    ctx.numbers = inputs.options.without_tensors()
+    ctx.max_chunk_mib = inputs.max_chunk_mib
     ctx.is_spent = False  # backward hands the gradients out, and may write to them, once
-    ctx.is_unit = reduce == 2  # not asked for hidden: in a graph each gradient is of a gradient
+    # Not asked for hidden: in a graph each gradient is of a gradient
+    ctx.is_unit = inputs.reduce == 2
 
 
 def _final(grad: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -459,9 +615,13 @@ def _final(grad: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
 
 
 def _pull_back(
-    upstream: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
+    upstream: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
     options: LossOptions,
-) -> tuple[Tensor, ...]:  # fmt: skip
+) -> tuple[Tensor, ...]:
     def compute(h: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
         logits = F.linear(h, w.to(h.dtype), None if b is None else b.to(h.dtype))
         return composed_loss(logits, targets, options, reduce=upstream.dim() == 0)
@@ -472,43 +632,50 @@ def _pull_back(
 
 
 def _backward_formula(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    unused = (None,) * 14
     if upstream is None:
-        return (None, None, None, *unused)
-    hidden, weight, bias, targets, lse, *tensors, dh, dw, db = ctx.saved_tensors
-    *numbers, max_chunk_mib = ctx.numbers
-    options = LossOptions(*tensors, *numbers)
-    want: tuple[bool, ...] = ctx.needs_input_grad[:3]
-    grads: tuple[Tensor | None, ...] = dh, dw, db
+        return gradients_of(_Inputs)
+    saved = _Saved(*ctx.saved_tensors)
+    hidden, weight, bias = saved.hidden, saved.weight, saved.bias
+    options = ctx.numbers.with_tensors(saved)
+    needs = _Inputs(*ctx.needs_input_grad)
+    want = bool(needs.hidden), bool(needs.weight), bool(needs.bias)
+    grads: tuple[Tensor | None, ...] = saved.grad_hidden, saved.grad_weight, saved.grad_bias
     are_here = all(grad is not None for grad, wanted in zip(grads, want, strict=True) if wanted)
     if is_transformed(upstream):
-        grads = _pull_back(upstream, hidden, weight, bias, targets, options)
+        grads = _pull_back(upstream, hidden, weight, bias, saved.targets, options)
     elif ctx.is_spent or not are_here:  # a retained graph, or reduction "none"
-        inputs = hidden, weight, bias, targets, lse
-        grads = _backward(upstream, *inputs, *options, max_chunk_mib, *want)
+        inputs = hidden, weight, bias, saved.targets, saved.lse
+        grads = _backward(upstream, *inputs, *options, ctx.max_chunk_mib, *want)
     else:
         ctx.is_spent = True
         late = options.scale if hidden.dtype == torch.float16 else None
         factor = upstream if late is None else upstream * late
         grads = tuple(
             _final(grad, None if ctx.is_unit and like is not hidden else factor, like.dtype)
-            if wanted and grad is not None
+            if wanted and grad is not None and like is not None
             else None
             for grad, like, wanted in zip(grads, (hidden, weight, bias), want, strict=True)
         )
-    return (*(g if wanted else None for g, wanted in zip(grads, want, strict=True)), *unused)
+    grad_hidden, grad_weight, grad_bias = (
+        grad if wanted else None for grad, wanted in zip(grads, want, strict=True)
+    )
+    return gradients_of(_Inputs, hidden=grad_hidden, weight=grad_weight, bias=grad_bias)
 
 
 _forward = define_op(
-    "linear_cross_entropy_forward", _compute, _allocate, _setup_context, _backward_formula,
+    "linear_cross_entropy_forward",
+    _compute,
+    _allocate,
+    _setup_context,
+    _backward_formula,
     schema=f"(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, {SCHEMA}, "
     "float? max_chunk_mib, int reduce, bool want_hidden, bool want_weight, bool want_bias, "
     "bool want_correct) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    flops=lambda hidden, weight, *others: _flops(hidden, weight, others[-4:-2]),
-)  # fmt: skip
+    flops=lambda *shapes: _flops(_Inputs(*shapes)),
+)
 
 
-def _is_small(hidden: Tensor, weight: Tensor, max_chunk_mib: float | None) -> bool:
+def holds_all_logits(hidden: Tensor, weight: Tensor, max_chunk_mib: float | None) -> bool:
     """Return whether all logits may be held at once: without rounding, which chunks do better."""
     return (
         max_chunk_mib is None
@@ -560,28 +727,44 @@ def _check_shapes(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: 
 
 @overload
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *,
-    return_lse: Literal[False] = ..., return_accuracy: Literal[False] = ...,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    return_lse: Literal[False] = ...,
+    return_accuracy: Literal[False] = ...,
     **options: Unpack[LinearKeywords],
-) -> Tensor: ...  # fmt: skip
+) -> Tensor: ...
 @overload
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *,
-    return_lse: Literal[True], return_accuracy: bool = ...,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    return_lse: Literal[True],
+    return_accuracy: bool = ...,
     **options: Unpack[LinearKeywords],
-) -> tuple[Tensor, ...]: ...  # fmt: skip
+) -> tuple[Tensor, ...]: ...
 @overload
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *,
-    return_lse: bool = ..., return_accuracy: Literal[True],
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    return_lse: bool = ...,
+    return_accuracy: Literal[True],
     **options: Unpack[LinearKeywords],
-) -> tuple[Tensor, ...]: ...  # fmt: skip
+) -> tuple[Tensor, ...]: ...
 @overload
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *,
-    return_lse: bool = ..., return_accuracy: bool = ...,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    return_lse: bool = ...,
+    return_accuracy: bool = ...,
     **options: Unpack[LinearKeywords],
-) -> Tensor | tuple[Tensor, ...]: ...  # fmt: skip
+) -> Tensor | tuple[Tensor, ...]: ...
 @tell_apart(
     _CALL,
     **REMEDIES,
@@ -661,9 +844,14 @@ def linear_cross_entropy(
     """
     name = "linear_cross_entropy"
     require_tensors(
-        _CALL, hidden=hidden, weight=weight, targets=targets, bias=bias,
-        class_weight=class_weight, token_weight=token_weight,
-    )  # fmt: skip
+        _CALL,
+        hidden=hidden,
+        weight=weight,
+        targets=targets,
+        bias=bias,
+        class_weight=class_weight,
+        token_weight=token_weight,
+    )
     _check_shapes(hidden, weight, bias, targets)
     n_cols = weight.shape[0]
     given = LossOptions(class_weight, token_weight, scale, ignore_index, label_smoothing, z_loss)
@@ -677,15 +865,25 @@ def linear_cross_entropy(
     if x.stride(1) != 1:
         x = x.contiguous()
     reduce = (reduction != "none") * (1 + unit_gradient)
-    is_small = _is_small(hidden, weight, max_chunk_mib)
+    is_small = holds_all_logits(hidden, weight, max_chunk_mib)
     # The compiler fuses what is between the products of a few logits.
     if is_transformed() or (is_small and torch.compiler.is_compiling()):
         return linear_cross_entropy_reference(
-            hidden, weight, targets, bias=bias, ignore_index=ignore_index, reduction=reduction,
-            label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap,
-            class_weight=class_weight, token_weight=token_weight, scale=scale,
-            return_lse=return_lse, return_accuracy=return_accuracy,
-        )  # fmt: skip
+            hidden,
+            weight,
+            targets,
+            bias=bias,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            softcap=softcap,
+            class_weight=class_weight,
+            token_weight=token_weight,
+            scale=scale,
+            return_lse=return_lse,
+            return_accuracy=return_accuracy,
+        )
     if is_small:
         ours = z_loss or softcap or token_weight is not None or return_lse or return_accuracy
         ours = ours or is_traced(x) or fits(x, weight, bias, options)

@@ -7,7 +7,7 @@ The scale s makes one learning rate serve matrices of all shapes: ``match_adamw`
 0.2 √max(r, c), which gives the update the root mean square of AdamW's, so that the learning rate
 and decay of AdamW carry over; ``spectral`` is √max(1, r / c).
 
-Matrices of a group with equal shapes are orthogonalised as one batch. On CUDA one launch before it
+Matrices of a group with equal shapes are orthogonalised as one stack. On CUDA one launch before it
 brings momenta up to date and stacks the directions, in fp32, since half precision has no room for
 what is not scaled yet; one after it changes the weights: 16 and 10 bytes an fp32 parameter with
 products in half precision, whatever clipping, decay and a flag to skip the step ask for. Their
@@ -32,7 +32,7 @@ from torch import Tensor
 
 from ._dispatch import launches_triton
 from ._multi_tensor import TensorTable, load_pointer, triton_dtype
-from ._optimizer import Plan, PlannedOptimizer, number_in, planned_step
+from ._optimizer import FusedOptimizer, PreparedStep, number_in, wrap_step
 from ._triton import tl, triton
 from .grad_norm import local_tensor
 from .newton_schulz import (
@@ -56,11 +56,24 @@ _HEADROOM = 15  # elements are at most 2^15: fp16 has most of its range below
 
 @triton.jit
 def muon_direction_kernel(
-    pointers_ptr, chunks_ptr, out_ptr, clip_ptr, found_inf_ptr,
-    n_tensors, n_chunks, n_elements, blend,
-    G: tl.constexpr, M: tl.constexpr, HAS_CLIP: tl.constexpr, HAS_FOUND_INF: tl.constexpr,
-    NESTEROV: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    pointers_ptr,
+    chunks_ptr,
+    out_ptr,
+    clip_ptr,
+    found_inf_ptr,
+    n_tensors,
+    n_chunks,
+    n_elements,
+    blend,
+    G: tl.constexpr,
+    M: tl.constexpr,
+    HAS_CLIP: tl.constexpr,
+    HAS_FOUND_INF: tl.constexpr,
+    NESTEROV: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """m ← m + (1 − μ)(g − m); write m, with Nesterov one step ahead, to the stack."""
     if HAS_FOUND_INF:  # a loop over no chunks writes nothing
         n_chunks = tl.where(tl.load(found_inf_ptr) == 0, n_chunks, 0)
@@ -86,11 +99,24 @@ def muon_direction_kernel(
 
 @triton.jit
 def muon_apply_kernel(
-    pointers_ptr, chunks_ptr, change_ptr, lr_ptr, found_inf_ptr,
-    n_tensors, n_chunks, n_elements, lr, weight_decay, scale,
-    W: tl.constexpr, HAS_LR: tl.constexpr, HAS_FOUND_INF: tl.constexpr,
-    ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    pointers_ptr,
+    chunks_ptr,
+    change_ptr,
+    lr_ptr,
+    found_inf_ptr,
+    n_tensors,
+    n_chunks,
+    n_elements,
+    lr,
+    weight_decay,
+    scale,
+    W: tl.constexpr,
+    HAS_LR: tl.constexpr,
+    HAS_FOUND_INF: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """w ← (1 − lr·λ) w − lr·scale·change."""
     if HAS_FOUND_INF:
         n_chunks = tl.where(tl.load(found_inf_ptr) == 0, n_chunks, 0)
@@ -185,7 +211,7 @@ def _unpacked(parts: list[Tensor], cols: int) -> Tensor:
     return torch.cat(shards, dim=1)
 
 
-class Batch:
+class MatrixStack:
     """Matrices of one group, shape and layout, of which this rank holds some rows each, or all.
 
     Sharded directions are dealt out to the ranks in turn, from ``first_owner`` on. One
@@ -251,9 +277,13 @@ class Batch:
         return out
 
     def update(
-        self, weights: list[Tensor], grads: list[Tensor], dtype: torch.dtype,
-        clip: Tensor | None, found_inf: Tensor | None,
-    ) -> None:  # fmt: skip
+        self,
+        weights: list[Tensor],
+        grads: list[Tensor],
+        dtype: torch.dtype,
+        clip: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
         """Update the weights with kernels, which read clip coefficient and flag themselves."""
         size, device = weights[0].numel(), weights[0].device
         columns = [grads, self.momenta, weights]
@@ -275,19 +305,36 @@ class Batch:
         lr_ptr = lr if isinstance(lr, Tensor) and lr.device == device else None
         shape = table.n_tensors, table.n_chunks, size
         table.launch(
-            muon_direction_kernel, addresses, table.chunks, stacked,
-            stacked if clip is None else clip, stacked if flag is None else flag,
-            *shape, 1 - group["momentum"],
-            G=triton_dtype(grads[0].dtype), M=triton_dtype(self.momenta[0].dtype),
-            HAS_CLIP=clip is not None, NESTEROV=group["nesterov"], **flags,
-        )  # fmt: skip
+            muon_direction_kernel,
+            addresses,
+            table.chunks,
+            stacked,
+            stacked if clip is None else clip,
+            stacked if flag is None else flag,
+            *shape,
+            1 - group["momentum"],
+            G=triton_dtype(grads[0].dtype),
+            M=triton_dtype(self.momenta[0].dtype),
+            HAS_CLIP=clip is not None,
+            NESTEROV=group["nesterov"],
+            **flags,
+        )
         changes = self.orthogonalise(stacked, dtype).contiguous()
         table.launch(
-            muon_apply_kernel, addresses, table.chunks, changes,
-            changes if lr_ptr is None else lr_ptr, changes if flag is None else flag,
-            *shape, 0.0 if lr_ptr is not None else float(lr), group["weight_decay"], self.scale,
-            W=triton_dtype(weights[0].dtype), HAS_LR=lr_ptr is not None, **flags,
-        )  # fmt: skip
+            muon_apply_kernel,
+            addresses,
+            table.chunks,
+            changes,
+            changes if lr_ptr is None else lr_ptr,
+            changes if flag is None else flag,
+            *shape,
+            0.0 if lr_ptr is not None else float(lr),
+            group["weight_decay"],
+            self.scale,
+            W=triton_dtype(weights[0].dtype),
+            HAS_LR=lr_ptr is not None,
+            **flags,
+        )
         for originals, copies in zip(columns[1:], work[1:], strict=True):
             for original, copy in zip(originals, copies, strict=True):
                 if original is not copy:
@@ -329,15 +376,15 @@ def _is_for_triton(weight: Tensor) -> bool:
     return launches_triton(weight) and weight.dtype != torch.float64
 
 
-class _Plan(Plan):
-    """The batches of matrices that are updated together."""
+class _PreparedStep(PreparedStep):
+    """The stacks of matrices that are updated together."""
 
     def __init__(self, layout: list[Any], params: list[Tensor], grads: list[Tensor | None]) -> None:
         super().__init__(layout, params, grads, ["momentum_buffer"])
-        self.batches: list[Batch] = []
+        self.stacks: list[MatrixStack] = []
 
 
-class Muon(PlannedOptimizer):
+class Muon(FusedOptimizer):
     """Muon for the matrices of a model; embeddings, heads and vectors belong to `FusedAdamW`.
 
     Args:
@@ -404,9 +451,15 @@ class Muon(PlannedOptimizer):
                 raise ValueError("Muon: pass either scale or adjust_lr_fn")
             scale = _scale_of(adjust_lr_fn)
         defaults = {
-            "lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay,
-            "ns_steps": ns_steps, "coefficients": coefficients, "scale": scale, "eps": eps,
-        }  # fmt: skip
+            "lr": lr,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "weight_decay": weight_decay,
+            "ns_steps": ns_steps,
+            "coefficients": coefficients,
+            "scale": scale,
+            "eps": eps,
+        }
         super().__init__(params, defaults)
 
     def state_dict(self) -> dict[str, Any]:
@@ -457,13 +510,13 @@ class Muon(PlannedOptimizer):
                 held[number, tuple(p.shape)] += own
         return max(held.values(), default=0)
 
-    def _build_plan(
+    def _prepare(
         self, layout: list[Any], params: list[Tensor], grads: list[Tensor | None]
-    ) -> _Plan:
-        plan = _Plan(layout, params, grads)
+    ) -> _PreparedStep:
+        prepared = _PreparedStep(layout, params, grads)
         numbers = [n for n, group in enumerate(self.param_groups) for _ in group["params"]]
         occurrences: Counter[Tensor] = Counter()
-        batches: dict[tuple[Any, ...], Batch] = {}
+        stacks: dict[tuple[Any, ...], MatrixStack] = {}
         n_sharded = 0  # deals out shapes of few matrices to different ranks
         for i, (param, grad, number) in enumerate(zip(params, grads, numbers, strict=True)):
             if grad is None:
@@ -481,17 +534,17 @@ class Muon(PlannedOptimizer):
             dtypes = (param.dtype, grad.dtype, momentum.dtype)
             key = (occurrences[param], number, scale, shape, dtypes, param.device, ranks)
             occurrences[param] += 1
-            if key not in batches:
-                batches[key] = Batch(group, scale, shape, ranks, n_sharded, number)
+            if key not in stacks:
+                stacks[key] = MatrixStack(group, scale, shape, ranks, n_sharded, number)
             n_sharded += not is_whole
-            batches[key].indices.append(i)
-            batches[key].momenta.append(local_tensor(momentum))
-            plan.add(param, state)
+            stacks[key].indices.append(i)
+            stacks[key].momenta.append(local_tensor(momentum))
+            prepared.add(param, state)
         # One after the other what is listed several times; else in the order of the parameters.
-        plan.batches = [batches[key] for key in sorted(batches, key=itemgetter(0))]
-        return plan
+        prepared.stacks = [stacks[key] for key in sorted(stacks, key=itemgetter(0))]
+        return prepared
 
-    @planned_step
+    @wrap_step
     def step(
         self,
         closure: Callable[[], float] | None = None,
@@ -513,17 +566,17 @@ class Muon(PlannedOptimizer):
             The closure's loss, or None.
         """
         loss = None if closure is None else torch.enable_grad()(closure)()
-        params, grads, plan = self._planned()
-        for batch in plan.batches:
-            batch.group = self.param_groups[batch.number]
-            weights = [local_tensor(params[i]) for i in batch.indices]
-            here = [local_tensor(g) for i in batch.indices if (g := grads[i]) is not None]
+        params, grads, prepared = self._prepared_step()
+        for stack in prepared.stacks:
+            stack.group = self.param_groups[stack.number]
+            weights = [local_tensor(params[i]) for i in stack.indices]
+            here = [local_tensor(g) for i in stack.indices if (g := grads[i]) is not None]
             dtype = self._ns_dtype or products_dtype(weights[0].device)
             if _is_for_triton(weights[0]):
-                batch.update(weights, here, dtype, clip_coefficient, found_inf)
-                torch.autograd.graph.increment_version([params[i] for i in batch.indices])
+                stack.update(weights, here, dtype, clip_coefficient, found_inf)
+                torch.autograd.graph.increment_version([params[i] for i in stack.indices])
             elif number_in(found_inf, 0.0) == 0:
-                batch.update_in_torch(weights, here, dtype, clip_coefficient)
+                stack.update_in_torch(weights, here, dtype, clip_coefficient)
         return loss
 
     def _check_group(self, group: dict[str, Any]) -> None:

@@ -42,11 +42,23 @@ def apply_rope_reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tupl
 
 @triton.jit
 def _rotate_tile(
-    x_ptr, y_ptr, cos_ptr, sin_ptr,
-    tile, stride_x_batch, stride_x_token, stride_x_head, stride_cos_batch, n_rows, n_tokens,
+    x_ptr,
+    y_ptr,
+    cos_ptr,
+    sin_ptr,
+    tile,
+    stride_x_batch,
+    stride_x_token,
+    stride_x_head,
+    stride_cos_batch,
+    n_rows,
+    n_tokens,
     n_heads,
-    HALF: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, INVERSE: tl.constexpr,
-):  # fmt: skip
+    HALF: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    INVERSE: tl.constexpr,
+):
     rows = tile * BLOCK_R + tl.arange(0, BLOCK_R)
     token = rows // n_heads
     batch = (token // n_tokens).to(tl.int64)
@@ -70,25 +82,69 @@ def _rotate_tile(
 
 @triton.jit
 def _rope_kernel(
-    q_ptr, k_ptr, q_out_ptr, k_out_ptr, cos_ptr, sin_ptr,
-    stride_q_batch, stride_q_token, stride_q_head, stride_k_batch, stride_k_token,
-    stride_k_head, stride_cos_batch, n_q_tiles, n_q_rows, n_k_rows, n_tokens, n_q_heads,
+    q_ptr,
+    k_ptr,
+    q_out_ptr,
+    k_out_ptr,
+    cos_ptr,
+    sin_ptr,
+    stride_q_batch,
+    stride_q_token,
+    stride_q_head,
+    stride_k_batch,
+    stride_k_token,
+    stride_k_head,
+    stride_cos_batch,
+    n_q_tiles,
+    n_q_rows,
+    n_k_rows,
+    n_tokens,
+    n_q_heads,
     n_k_heads,
-    HALF: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, INVERSE: tl.constexpr,
-):  # fmt: skip
+    HALF: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    INVERSE: tl.constexpr,
+):
     tile = tl.program_id(0)
     if tile < n_q_tiles:
         _rotate_tile(
-            q_ptr, q_out_ptr, cos_ptr, sin_ptr, tile, stride_q_batch, stride_q_token,
-            stride_q_head, stride_cos_batch, n_q_rows, n_tokens, n_q_heads, HALF, BLOCK_R,
-            BLOCK_K, INVERSE,
-        )  # fmt: skip
+            q_ptr,
+            q_out_ptr,
+            cos_ptr,
+            sin_ptr,
+            tile,
+            stride_q_batch,
+            stride_q_token,
+            stride_q_head,
+            stride_cos_batch,
+            n_q_rows,
+            n_tokens,
+            n_q_heads,
+            HALF,
+            BLOCK_R,
+            BLOCK_K,
+            INVERSE,
+        )
     else:
         _rotate_tile(
-            k_ptr, k_out_ptr, cos_ptr, sin_ptr, tile - n_q_tiles, stride_k_batch,
-            stride_k_token, stride_k_head, stride_cos_batch, n_k_rows, n_tokens, n_k_heads,
-            HALF, BLOCK_R, BLOCK_K, INVERSE,
-        )  # fmt: skip
+            k_ptr,
+            k_out_ptr,
+            cos_ptr,
+            sin_ptr,
+            tile - n_q_tiles,
+            stride_k_batch,
+            stride_k_token,
+            stride_k_head,
+            stride_cos_batch,
+            n_k_rows,
+            n_tokens,
+            n_k_heads,
+            HALF,
+            BLOCK_R,
+            BLOCK_K,
+            INVERSE,
+        )
 
 
 def _rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
@@ -104,11 +160,27 @@ def _rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tu
     n_q_tiles = triton.cdiv(n_q_rows, block_r)
     with torch.cuda.device_of(q):
         _rope_kernel[(n_q_tiles + triton.cdiv(n_k_rows, block_r),)](
-            q, k, q_out, k_out, cos, sin, *q.stride()[:3], *k.stride()[:3],
-            n_tokens * half if cos.dim() == 3 else 0, n_q_tiles, n_q_rows, n_k_rows, n_tokens,
-            n_q_heads, n_k_heads,
-            HALF=half, BLOCK_R=block_r, BLOCK_K=block_k, INVERSE=inverse, num_warps=_NUM_WARPS,
-        )  # fmt: skip
+            q,
+            k,
+            q_out,
+            k_out,
+            cos,
+            sin,
+            *q.stride()[:3],
+            *k.stride()[:3],
+            n_tokens * half if cos.dim() == 3 else 0,
+            n_q_tiles,
+            n_q_rows,
+            n_k_rows,
+            n_tokens,
+            n_q_heads,
+            n_k_heads,
+            HALF=half,
+            BLOCK_R=block_r,
+            BLOCK_K=block_k,
+            INVERSE=inverse,
+            num_warps=_NUM_WARPS,
+        )
     return q_out, k_out
 
 

@@ -69,10 +69,17 @@ def _swiglu_fwd_kernel(
 
 @triton.jit
 def _swiglu_bwd_kernel(
-    dy_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr,
-    stride_dy, stride_gate, stride_up, n_cols,
+    dy_ptr,
+    gate_ptr,
+    up_ptr,
+    dgate_ptr,
+    dup_ptr,
+    stride_dy,
+    stride_gate,
+    stride_up,
+    n_cols,
     BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     row, cols = _row_and_cols(n_cols, BLOCK)
     mask = cols < n_cols
     dy = tl.load(dy_ptr + row * stride_dy + cols, mask=mask, other=0.0).to(tl.float32)
@@ -178,9 +185,13 @@ def _define(
         return tuple(by(dy, *ctx.saved_tensors))
 
     fused = define_op(
-        name, activate, allocate, lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
-        backward, schema=f"({arguments}) -> Tensor",
-    )  # fmt: skip
+        name,
+        activate,
+        allocate,
+        lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+        backward,
+        schema=f"({arguments}) -> Tensor",
+    )
     eager_backward = differentiable_once(name, partial(backward, by=eager[1]))
 
     def op(*inputs: Tensor) -> Tensor:

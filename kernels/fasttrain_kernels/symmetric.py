@@ -20,8 +20,8 @@ from ._dispatch import define_op, is_transformed, use_triton
 from ._launch import target
 from ._triton import TensorDescriptor, tl, triton
 
-# On one core of an EPYC 7003 four strips of 64 rows take 0.90 (r = c) to 0.77 (c = 3 r) of a full
-# product at r = 256, and 0.73 to 0.69 at r = 768; at r = 128 strips do not pay for square products.
+# Products in strips leave out the tiles above the diagonal. With fewer rows, strips do not pay on a
+# CPU.
 _MIN_STRIP_ROWS = 256
 _STRIPS = 4
 # Tiles of the kernel. A step along c is 4 wgmma.m64n256k16 for each of two warp groups, 1024 cycles
@@ -41,10 +41,20 @@ def symmetric_matmul_reference(
 
 @triton.jit
 def _symmetric_kernel(
-    a_desc, b_desc, add_desc, out_desc, mirror_desc,
-    n_cols, n_tiles, alpha, beta,
-    HAS_ADD: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+    a_desc,
+    b_desc,
+    add_desc,
+    out_desc,
+    mirror_desc,
+    n_cols,
+    n_tiles,
+    alpha,
+    beta,
+    HAS_ADD: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """Compute one of the two tiles of pair (p, j ≤ p) of one matrix: rows 2p or 2p + 1, columns j.
 
     It is stored there and, off the diagonal, transposed at the mirrored place; the two tiles of a
@@ -104,12 +114,22 @@ def _launch(a: Tensor, b: Tensor, add: Tensor | None, alpha: float, beta: float)
 
     with torch.cuda.device_of(a):
         _symmetric_kernel[(n * side * (side + 1),)](
-            tiles(a, _BLOCK_I, _BLOCK_C), tiles(b, _BLOCK_J, _BLOCK_C),
-            tiles(out if add is None else add, _BLOCK_I, _BLOCK_J), tiles(out, _BLOCK_I, _BLOCK_J),
-            tiles(out, _BLOCK_J, _BLOCK_I), cols, side * (side + 1), alpha, beta,
-            HAS_ADD=add is not None, BLOCK_I=_BLOCK_I, BLOCK_J=_BLOCK_J, BLOCK_C=_BLOCK_C,
-            num_warps=8, num_stages=3,
-        )  # fmt: skip
+            tiles(a, _BLOCK_I, _BLOCK_C),
+            tiles(b, _BLOCK_J, _BLOCK_C),
+            tiles(out if add is None else add, _BLOCK_I, _BLOCK_J),
+            tiles(out, _BLOCK_I, _BLOCK_J),
+            tiles(out, _BLOCK_J, _BLOCK_I),
+            cols,
+            side * (side + 1),
+            alpha,
+            beta,
+            HAS_ADD=add is not None,
+            BLOCK_I=_BLOCK_I,
+            BLOCK_J=_BLOCK_J,
+            BLOCK_C=_BLOCK_C,
+            num_warps=8,
+            num_stages=3,
+        )
     return out
 
 
@@ -124,9 +144,12 @@ def _flops(a: torch.Size, *_: Any) -> int:
 
 
 _launch_op = define_op(
-    "symmetric_product", _launch, _allocate, flops=_flops,
+    "symmetric_product",
+    _launch,
+    _allocate,
+    flops=_flops,
     schema="(Tensor a, Tensor b, Tensor? add, float alpha, float beta) -> Tensor",
-)  # fmt: skip
+)
 
 
 def symmetric_product(

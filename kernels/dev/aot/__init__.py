@@ -46,9 +46,15 @@ TARGETS = {
 # What a program may use, in bytes: CUDA C Programming Guide, technical specifications by compute
 # capability; CDNA3 ISA guide (LDS).
 SHARED_LIMITS = {
-    "sm_75": 64 << 10, "sm_80": 163 << 10, "sm_86": 99 << 10, "sm_89": 99 << 10,
-    "sm_90": 227 << 10, "sm_100": 227 << 10, "sm_120": 99 << 10, "gfx942": 64 << 10,
-}  # fmt: skip
+    "sm_75": 64 << 10,
+    "sm_80": 163 << 10,
+    "sm_86": 99 << 10,
+    "sm_89": 99 << 10,
+    "sm_90": 227 << 10,
+    "sm_100": 227 << 10,
+    "sm_120": 99 << 10,
+    "gfx942": 64 << 10,
+}
 
 
 # Between these lines of a Markdown file ``--write`` puts the table.
@@ -148,9 +154,15 @@ def capture(target: GPUTarget, cases: Sequence[Case] = CASES) -> list[Launch]:
             options = {name: entry[name] for name in ("num_warps", "num_stages", "num_ctas")}
             function = entry["function"]
             launch = Launch(
-                function.__name__, case, function, entry["signature"], entry["constants"],
-                entry["configs"][0], options, index,
-            )  # fmt: skip
+                function.__name__,
+                case,
+                function,
+                entry["signature"],
+                entry["constants"],
+                entry["configs"][0],
+                options,
+                index,
+            )
             key = (launch.kernel, *map(str, launch[3:7]))
             launches.setdefault(str(key), launch)
     return list(launches.values())
@@ -217,9 +229,15 @@ def compile_launch(launch: Launch, target: str) -> dict[str, Any]:
         if report["floor"]:
             columns = launch.flags.get("N_COLS") or launch.case.columns
             issue = issue_of(
-                sass, launch.flags, launch.options["num_warps"], registers, report["shared"],
-                columns, DEVICES[target], report["floor"],
-            )  # fmt: skip
+                sass,
+                launch.flags,
+                launch.options["num_warps"],
+                registers,
+                report["shared"],
+                columns,
+                DEVICES[target],
+                report["floor"],
+            )
             report |= {
                 **issue._asdict(),
                 "ceiling": issue.ceiling(report["floor"], DEVICES[target]),
@@ -235,9 +253,13 @@ def compile_launch(launch: Launch, target: str) -> dict[str, Any]:
         local = entry("private_segment_fixed_size")
         load, store = _amd_width(text, "load"), _amd_width(text, "store")
     return {
-        **report, "registers": registers, "spills": spills, "local": local,
-        "load": load, "store": store,
-    }  # fmt: skip
+        **report,
+        "registers": registers,
+        "spills": spills,
+        "local": local,
+        "load": load,
+        "store": store,
+    }
 
 
 def narrow_offsets(ttir: str) -> tuple[str, ...]:

@@ -80,9 +80,15 @@ def _loaded(code: list[str], no_addresses: bool) -> list[int]:
 
 
 def issue_of(
-    sass: str, flags: Mapping[str, Any], warps: int, registers: int, shared: int, columns: int,
-    device: Device, floor: int = 0,
-) -> Issue:  # fmt: skip
+    sass: str,
+    flags: Mapping[str, Any],
+    warps: int,
+    registers: int,
+    shared: int,
+    columns: int,
+    device: Device,
+    floor: int = 0,
+) -> Issue:
     """Read machine code as nvdisasm prints it, of a kernel that moves ``floor`` bytes an element.
 
     ``flags`` are the compile-time arguments: a program processes BLOCK_* elements at once.

@@ -88,9 +88,12 @@ def _blocks_of(xs: Sequence[Tensor], own: Sequence[_Optional], angles: Any = ())
 
 
 def _allocate(
-    x: Tensor, angles: Sequence[_Optional], own: Sequence[_Optional], dtype: torch.dtype,
+    x: Tensor,
+    angles: Sequence[_Optional],
+    own: Sequence[_Optional],
+    dtype: torch.dtype,
     *shape: Any,
-) -> list[Tensor]:  # fmt: skip
+) -> list[Tensor]:
     """Return y, what each block saves, and the inputs of all blocks but the first."""
     n, packed = len(own) // _OWN, _Shape(*shape).pack()
     xs = [torch.empty_like(x) for _ in range(n - 1)]
@@ -101,9 +104,12 @@ def _allocate(
 
 
 def _compute(
-    x: Tensor, angles: Sequence[_Optional], own: Sequence[_Optional], dtype: torch.dtype,
+    x: Tensor,
+    angles: Sequence[_Optional],
+    own: Sequence[_Optional],
+    dtype: torch.dtype,
     *shape: Any,
-) -> list[Tensor]:  # fmt: skip
+) -> list[Tensor]:
     y, *made = results = _allocate(x, angles, own, dtype, *shape)
     n = len(own) // _OWN
     inputs, saved = _blocks_of([x, *made[n:]], own, angles), pointers(made[:n])
@@ -113,17 +119,26 @@ def _compute(
 
 
 def _allocate_grads(
-    dy: Tensor, angles: Sequence[_Optional], own: Sequence[_Optional], saved: Sequence[Tensor],
-    xs: Sequence[Tensor], *_: Any,
-) -> list[Tensor]:  # fmt: skip
+    dy: Tensor,
+    angles: Sequence[_Optional],
+    own: Sequence[_Optional],
+    saved: Sequence[Tensor],
+    xs: Sequence[Tensor],
+    *_: Any,
+) -> list[Tensor]:
     """Return the gradients of x and of what there is of ``own``."""
     return [torch.empty_like(t) for t in (xs[0], *own) if t is not None]
 
 
 def _differentiate(
-    dy: Tensor, angles: Sequence[_Optional], own: Sequence[_Optional], saved: Sequence[Tensor],
-    xs: Sequence[Tensor], dtype: torch.dtype, *shape: Any,
-) -> list[Tensor]:  # fmt: skip
+    dy: Tensor,
+    angles: Sequence[_Optional],
+    own: Sequence[_Optional],
+    saved: Sequence[Tensor],
+    xs: Sequence[Tensor],
+    dtype: torch.dtype,
+    *shape: Any,
+) -> list[Tensor]:
     results = _allocate_grads(dy, angles, own, saved, xs)
     n, (dx, *grads) = len(xs), results
     inputs, outputs = _blocks_of(xs, own, angles), _blocks_of([dx] * n, _spread(grads, own))
@@ -146,17 +161,20 @@ def _flops(n_own: int, n_products: tuple[int, int], shape: Sequence[Any]) -> int
 
 # Attention recomputes its scores in backward.
 _forward_op = define_op(
-    "blocks_forward", _compute, _allocate,
-    schema="(Tensor x, Tensor?[] angles, Tensor?[] own, ScalarType dtype, "
-    f"{_SHAPE}) -> Tensor[]",
+    "blocks_forward",
+    _compute,
+    _allocate,
+    schema=f"(Tensor x, Tensor?[] angles, Tensor?[] own, ScalarType dtype, {_SHAPE}) -> Tensor[]",
     flops=lambda x, angles, own, dtype, *shape: _flops(len(own), (1, 2), shape),
-)  # fmt: skip
+)
 _backward_op = define_op(
-    "blocks_backward", _differentiate, _allocate_grads,
+    "blocks_backward",
+    _differentiate,
+    _allocate_grads,
     schema="(Tensor dy, Tensor?[] angles, Tensor?[] own, Tensor[] saved, Tensor[] xs, "
     f"ScalarType dtype, {_SHAPE}) -> Tensor[]",
     flops=lambda dy, angles, own, saved, xs, dtype, *shape: _flops(len(own), (2, 5), shape),
-)  # fmt: skip
+)
 
 
 class _Blocks(torch.autograd.Function):
@@ -239,10 +257,19 @@ def run_blocks_on_cpu(
     b, t, d = x.shape
     norm = block.attention_norm  # all have the same shape
     shape = _Shape(
-        b * t, t, d, attention.n_heads, attention.n_kv_heads, attention.head_dim,
-        mlp.down.in_features, isinstance(norm, nn.LayerNorm), KINDS.index(mlp.kind),
-        torch.get_num_threads(), torch.is_grad_enabled(), norm.eps,
-    )  # fmt: skip
+        b * t,
+        t,
+        d,
+        attention.n_heads,
+        attention.n_kv_heads,
+        attention.head_dim,
+        mlp.down.in_features,
+        isinstance(norm, nn.LayerNorm),
+        KINDS.index(mlp.kind),
+        torch.get_num_threads(),
+        torch.is_grad_enabled(),
+        norm.eps,
+    )
     autocast = torch.is_autocast_enabled("cpu")
     dtype = torch.get_autocast_dtype("cpu") if autocast else torch.float32
     tensors = [None if t is None else t.contiguous() for t in (x, *(rope or (None,) * 2), *own)]

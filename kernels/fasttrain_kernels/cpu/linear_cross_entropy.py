@@ -24,8 +24,7 @@ _LEAST = 2**20  # Fewer logits are not worth the time that g++ takes.
 # Few columns: up to how many, above how many logits, and up to how many elements of the weight.
 _FEW, _LARGEST_OF_FEW = 1024, 2**20
 _LEAST_OF_FEW = {torch.float32: 2**18, torch.bfloat16: 2**15}
-# With AVX-512 torch's own products of more columns are faster than these in parts: N=512, D=768,
-# V=8192 in fp32 take 172 ms here and 124 there (one core of a Xeon).
+# With AVX-512 torch's own products of more columns are faster than these in parts.
 _WIDEST_OF_AVX512 = 512
 _library = partial(load_or_warn, "product.h", "linear_cross_entropy.cpp")
 

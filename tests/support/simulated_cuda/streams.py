@@ -127,7 +127,7 @@ def test_a_capture_pins_nothing_and_has_numbers_of_its_own() -> None:
         optimizer.step()
 
     step()
-    (made,) = optimizer._plan.rounds
+    (made,) = optimizer._prepared.rounds
     (members, _), *_ = made.triton._classes
     before = members.hyper.tensor.clone()
     optimizer.param_groups[0].update(lr=0.01, betas=(0.8, 0.9))
