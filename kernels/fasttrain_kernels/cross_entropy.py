@@ -497,15 +497,15 @@ def _pull_back(upstream: Tensor, logits: Tensor, targets: Tensor, options: LossO
     return pull_back(compute, (logits,), upstream)[0]
 
 
-def _setup_context(ctx: Any, arguments: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    inputs = _Inputs(*arguments)
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    named = _Inputs(*inputs)
     _, lse, correct, grad = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(lse, correct, grad)
-    tensors = inputs.options.tensors()
-    kept = grad if inputs.want_grad else None
-    ctx.save_for_backward(*_Saved(inputs.logits, inputs.targets, lse, *tensors, kept))
-    ctx.numbers = inputs.options.without_tensors()
+    tensors = named.options.tensors()
+    kept = grad if named.want_grad else None
+    ctx.save_for_backward(*_Saved(named.logits, named.targets, lse, *tensors, kept))
+    ctx.numbers = named.options.without_tensors()
     ctx.is_spent = False  # backward hands the gradient out, and may write to it, once
 
 

@@ -574,29 +574,29 @@ _backward = define_op(
 )
 
 
-def _setup_context(ctx: Any, arguments: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    inputs = _Inputs(*arguments)
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    named = _Inputs(*inputs)
     _, lse, correct, *grads = output
     grad_hidden, grad_weight, grad_bias = grads
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(lse, correct, *grads)
     saved = _Saved(
-        inputs.hidden,
-        inputs.weight,
-        inputs.bias,
-        inputs.targets,
+        named.hidden,
+        named.weight,
+        named.bias,
+        named.targets,
         lse,
-        *inputs.options.tensors(),
-        grad_hidden=grad_hidden if inputs.reduce and inputs.want_hidden else None,
-        grad_weight=grad_weight if inputs.reduce and inputs.want_weight else None,
-        grad_bias=grad_bias if inputs.reduce and inputs.want_bias else None,
+        *named.options.tensors(),
+        grad_hidden=grad_hidden if named.reduce and named.want_hidden else None,
+        grad_weight=grad_weight if named.reduce and named.want_weight else None,
+        grad_bias=grad_bias if named.reduce and named.want_bias else None,
     )
     ctx.save_for_backward(*saved)
-    ctx.numbers = inputs.options.without_tensors()
-    ctx.max_chunk_mib = inputs.max_chunk_mib
+    ctx.numbers = named.options.without_tensors()
+    ctx.max_chunk_mib = named.max_chunk_mib
     ctx.is_spent = False  # backward hands the gradients out, and may write to them, once
     # Not asked for hidden: in a graph each gradient is of a gradient
-    ctx.is_unit = inputs.reduce == 2
+    ctx.is_unit = named.reduce == 2
 
 
 def _final(grad: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -115,7 +115,7 @@ def test_sharded_muon_indexes_by_slices(monkeypatch: pytest.MonkeyPatch) -> None
     be_one_of_one_rank(monkeypatch)
     directions = torch.randn(3, 8, 12, generator=torch.Generator().manual_seed(0))
     group = {"ns_steps": 5, "coefficients": "polar_express"}
-    batch = module.Batch(group, 1.0, (8, 12), object(), 2)
+    batch = module.MatrixStack(group, 1.0, (8, 12), object(), 2)
     with Indexing() as mode:
         got = batch.orthogonalise(directions.clone(), torch.float32)
     assert not mode.seen
@@ -129,7 +129,7 @@ def test_sharded_directions_below_the_range_of_fp16_survive(
     be_one_of_one_rank(monkeypatch)
     directions = torch.randn(3, 8, 24, generator=torch.Generator().manual_seed(0))
     group = {"ns_steps": 5, "coefficients": "polar_express"}
-    batch = importlib.import_module("fasttrain_kernels.muon").Batch(
+    batch = importlib.import_module("fasttrain_kernels.muon").MatrixStack(
         group, 1.0, (8, 24), object(), 0
     )
     got = batch.orthogonalise(1e-9 * directions, torch.float16)
@@ -375,7 +375,9 @@ def test_shards_go_through_the_kernels(
     weights, grads, momenta = torch.randn(3, 5, *shape, device=triton_device)
     results = []
     for ranks in (object(), None):
-        batch = importlib.import_module("fasttrain_kernels.muon").Batch(group, 1.0, shape, ranks, 3)
+        batch = importlib.import_module("fasttrain_kernels.muon").MatrixStack(
+            group, 1.0, shape, ranks, 3
+        )
         batch.momenta = list(momenta.clone())
         moved = list(weights.clone())
         flag = torch.zeros((), device=triton_device)

@@ -159,7 +159,7 @@ def test_a_sharded_direction_does_not_depend_on_its_scale(
     tiny = (matrix((8, 12), 8, 1) * 2.0**exponent).float()
     plain = matrix((8, 12), 8, 0).float()
     group = {"ns_steps": 5, "coefficients": "polar_express"}
-    batch = module.Batch(group, 1.0, (8, 12), object(), 1)
+    batch = module.MatrixStack(group, 1.0, (8, 12), object(), 1)
     expected = batch.orthogonalise(torch.stack([plain, of_unit_size(tiny), plain]), products)
     got = batch.orthogonalise(torch.stack([plain, tiny, 0 * plain]), products)
     assert torch.equal(got[:2], expected[:2])
