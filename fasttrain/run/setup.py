@@ -20,7 +20,7 @@ from fasttrain.data.remote import ShardCache
 from fasttrain.data.tokenizer import encode, end_of_text_id, load_tokenizer
 from fasttrain.distributed.sharding import cut, make_sharded
 from fasttrain.distributed.world import World, choose_mode, facts_of_rank
-from fasttrain.engine.loop import TaskScorer, TrainingLoop
+from fasttrain.engine.loop import Sampler, TaskScorer, TrainingLoop
 from fasttrain.engine.optim import build_optimizers, state_bytes
 from fasttrain.engine.sampling import generate
 from fasttrain.model.transformer import Transformer
@@ -62,25 +62,20 @@ def make_loop(
     Raises:
         UserError: something is missing or does not fit, on this rank or another.
     """
-    source = None
-    with world.failing_together():
-        if path := folder.source or folder.origin:
-            source = checkpoint.parse(path)
-            config = resuming.settle_decay(config, source, decays=folder.decays)
+    # The checkpoint to continue, the data and the settings
+    config, source = find_checkpoint(config, world, folder)
     config, splits = open_data(config, world, folder)
     if world.size > 1:  # before any collective that one of them may have reason to skip
         world.agree(facts_of_rank(config, splits.facts, {"--stop-at-step": stop_at_step}))
     config = choose_micro_batch(config, source, world, device, folder)
     with world.failing_together():
         config, splits = open_tokenizer(config, splits)
-        history = []
-        if source is not None:
-            allowed = [*allow_change, *(resuming.DECAY_MAY_CHANGE if folder.decays else ())]
-            n_samples = step_shape(config.train, config.data.seq_len, world.size).samples
-            history = resuming.check_resumable(source, config, splits.facts, allowed, n_samples)
+        history = check_resumable(config, source, splits, world, folder, allow_change)
         recorded = {"data": splits.facts, "history": history}
         if world.leads:
             recorded |= origin_of(config, device, source, folder)
+
+    # The model, how it computes, and its optimizers
     model, world = make_model(config, world, device)
     resolved = resolve(config, device, world)
     with world.failing_together():
@@ -89,14 +84,13 @@ def make_loop(
     optimizers = build_optimizers(model, config.optim, resolved.precision.compute)
     if world.rank:  # from here on each rank draws its own numbers, for dropout
         torch.manual_seed(config.run.seed + world.rank)
+
+    # Its folder, its batches and its samples
     with world.failing_together():
         if world.leads:
             prepare_folder(config, model, optimizers, splits, folder)
         score_tasks = make_task_scorer(resolved, splits.tokenizer, folder.warn)
         loader = make_loader(resolved, splits, position=source.state["position"] if source else 0)
-    sampler = None
-    if config.eval.prompts and splits.tokenizer:
-        sampler = partial(_sample, config, splits.tokenizer)
     loop = TrainingLoop(
         model,
         optimizers,
@@ -105,11 +99,13 @@ def make_loop(
         val_dataset=splits.val,
         run_dir=folder.path,
         console=folder.console,
-        sampler=sampler,
+        sampler=make_sampler(config, splits.tokenizer),
         score_tasks=score_tasks,
         recorded=recorded,
         mirror=folder.mirror,
     )
+
+    # Its state
     if source is not None:
         restore(loop, source, folder)
     elif not folder.new:  # what a run that was never saved has left
@@ -119,6 +115,38 @@ def make_loop(
         write_atomically(folder.path / "config.toml", config_to_toml(config, redact).encode())
         folder.begin_record(loop.state.step)
     return loop
+
+
+# ---- the checkpoint that a run continues ---------------------------------------------------------
+
+
+def find_checkpoint(
+    config: TrainConfig, world: World, folder: RunFolder
+) -> tuple[TrainConfig, checkpoint.Checkpoint | None]:
+    """Return the checkpoint that the run continues or branches from, and the config it gives."""
+    path = folder.source or folder.origin
+    if path is None:
+        return config, None
+    with world.failing_together():
+        source = checkpoint.parse(path)
+        config = resuming.settle_decay(config, source, decays=folder.decays)
+    return config, source
+
+
+def check_resumable(
+    config: TrainConfig,
+    source: checkpoint.Checkpoint | None,
+    splits: Splits,
+    world: World,
+    folder: RunFolder,
+    allow_change: Sequence[str],
+) -> list[dict[str, Any]]:
+    """Refuse settings and data that differ from the checkpoint's; return the changes allowed."""
+    if source is None:
+        return []
+    allowed = [*allow_change, *(resuming.DECAY_MAY_CHANGE if folder.decays else ())]
+    n_samples = step_shape(config.train, config.data.seq_len, world.size).samples
+    return resuming.check_resumable(source, config, splits.facts, allowed, n_samples)
 
 
 # ---- data ----------------------------------------------------------------------------------------
@@ -321,19 +349,28 @@ def beginnings(dataset: TokenDataset, tokenizer: Tokenizer) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def _sample(
-    config: TrainConfig, tokenizer: Tokenizer, model: Transformer, number: int
-) -> tuple[str, str]:
-    wanted, device = config.eval, model.embedding.weight.device
-    prompts = wanted.prompts or ("",)
-    prompt = prompts[number % len(prompts)]
-    # A prompt of which the tokenizer knows nothing starts like a new document.
-    ids = encode(tokenizer, prompt) or [end_of_text_id(tokenizer) or 0]
-    options: dict[str, Any] = {"temperature": wanted.temperature, "top_k": wanted.top_k}
-    options["generator"] = torch.Generator(device).manual_seed(config.run.seed + number)
-    tokens = torch.tensor([ids], device=device)
-    out = generate(model, tokens, max_new_tokens=wanted.sample_tokens, **options)
-    return prompt, tokenizer.decode(out[0, len(ids) :].tolist())
+def make_sampler(config: TrainConfig, tokenizer: Tokenizer | None) -> Sampler | None:
+    """Return what continues one of ``eval.prompts``; None: there are none, or no tokenizer."""
+    if not config.eval.prompts or tokenizer is None:
+        return None
+    prompts = config.eval.prompts
+    sampling: dict[str, Any] = {
+        "temperature": config.eval.temperature,
+        "top_k": config.eval.top_k,
+        "max_new_tokens": config.eval.sample_tokens,
+    }
+
+    def sample(model: Transformer, number: int) -> tuple[str, str]:
+        device = model.embedding.weight.device
+        prompt = prompts[number % len(prompts)]
+        # A prompt of which the tokenizer knows nothing starts like a new document.
+        ids = encode(tokenizer, prompt) or [end_of_text_id(tokenizer) or 0]
+        generator = torch.Generator(device).manual_seed(config.run.seed + number)
+        tokens = torch.tensor([ids], device=device)
+        out = generate(model, tokens, generator=generator, **sampling)
+        return prompt, tokenizer.decode(out[0, len(ids) :].tolist())
+
+    return sample
 
 
 def make_task_scorer(
