@@ -209,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def leave(status: int) -> NoReturn:
-    """End the process; a rank that failed ends at once, for to leave its groups is to wait."""
+    """End the process. A failed rank exits at once: destroying its process groups would block."""
     if status == EXIT_FAILED and "RANK" in os.environ:
         from fasttrain.run.signals import end_at_once
 

@@ -143,7 +143,7 @@ class Recovery:
         blamed = counted(sum(not fault.of_machine for fault in offending), "step")
         self.reporter.console.warn(
             f"back at step {self.state.step}, as {checkpoint.path} holds it; training goes on "
-            f"without the samples of {blamed} from step {first} on"
+            f"without the samples of {blamed}, from step {first} on"
         )
         return True
 
@@ -191,11 +191,11 @@ class Recovery:
         first, last = decision.offending[0], decision.offending[-1]
         n, n_rollbacks = len(decision.offending), self.state.faults.rollbacks
         if decision.action == "roll back":
-            why = "there is no checkpoint from before to go back to; set checkpoint.every_steps"
+            why = "there is no earlier checkpoint to go back to; set checkpoint.every_steps"
         elif n_rollbacks:
             why = f"the run went back to a checkpoint {counted(n_rollbacks, 'time')} already"
         elif n >= MAX_SKIPPED_IN_A_ROW:
-            why = f"no step was good since, and train.max_rollbacks = {self.loop.max_rollbacks}"
+            why = f"no later step was good, and train.max_rollbacks = {self.loop.max_rollbacks}"
         else:
             why = "train.{} = {!r}".format(*self._wish(first))
         several = f" and {n - 1} more up to step {last.step}" if n > 1 else ""
@@ -210,8 +210,8 @@ class Recovery:
             measures = "lower optim.lr, raise schedule.warmup_steps or use run.dtype=bf16"
             if first.kind == "empty":
                 measures = "for documents of one token use data.batching=packed"
-            remedy = f"the first one's batch holds the samples {shown}. Look at them, {measures}"
-        return f"{first}{several}; {why}. No update was made: {remedy}"
+            remedy = f"the first batch holds the samples {shown}; look at them, {measures}"
+        return f"{first}{several}; {why}. No update was made. Remedy: {remedy}"
 
     def check_copies(self) -> None:
         """Raise FloatingPointError on all ranks where their copies of the parameters differ."""
@@ -247,5 +247,5 @@ class Recovery:
                     path = write_report(fault, loader, n_micro, run_dir)
                     where = f"; its samples: {path}" if path else ""
                 except (OSError, DataError) as error:
-                    where = f"; its samples could not be written down: {error}"
-            self.reporter.console.warn(f"{fault}; no update was made of it{where}")
+                    where = f"; its samples could not be saved: {error}"
+            self.reporter.console.warn(f"{fault}; this step made no update{where}")

@@ -99,8 +99,10 @@ class Reporter:
     def watch_cores(self) -> None:
         """After each step on a CPU: have threads sleep while others use their cores, and say so."""
         if self.device.type == "cpu" and (share := self.cores.look()):
-            found = f"threads wait {share:.0%} of the time for a core: other processes use them, or"
-            self.console.note(f"{found} a quota is spent; fewer may be faster (run.threads=1)")
+            self.console.note(
+                f"Threads waited for a CPU core {share:.0%} of the time: other processes use the "
+                "cores, or a quota is used up; try run.threads=1"
+            )
 
     def evaluation(self, result: dict[str, Any], scores: dict[str, float]) -> None:
         """Write the result of an evaluation, and scores on ``eval.tasks`` if there are any."""

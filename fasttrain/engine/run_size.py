@@ -24,7 +24,7 @@ class RunSize:
     n_ranks: int
 
     def __post_init__(self) -> None:
-        loop, per_epoch, self.dropped_tokens = self.config.train, 0, 0  # which lie in no sequence
+        loop, per_epoch, self.dropped_tokens = self.config.train, 0, 0  # left over: in no sequence
         self.shape = step_shape(loop, self.config.data.seq_len, self.n_ranks)
         if self.train is not None:
             order = SampleOrder(self.train, LoaderOptions.of(self.config))
@@ -47,8 +47,8 @@ def warnings_at_start(run_size: RunSize) -> Iterator[str]:
     loop, tokens = config.train, run_size.shape.tokens
     if loop.tokens_per_step is None and n_ranks > 1:
         yield (
-            f"train.tokens_per_step is unset, so that {n_ranks} ranks make a step of {tokens:,} "
-            "tokens, which is not the run of one; set it"
+            f"train.tokens_per_step is unset: with {n_ranks} ranks a step has {tokens:,} tokens, "
+            "more than on one rank, so the losses differ; set it"
         )
     elif loop.tokens_per_step not in (None, tokens):
         yield (
@@ -58,23 +58,23 @@ def warnings_at_start(run_size: RunSize) -> Iterator[str]:
     rows, used = config.model.vocab_size or 0, train.max_token + 1 if train else math.inf
     if train and used < rows / 2 and rows - used > 64:  # more than from rounding up
         yield (
-            f"{rows - used:,} of the {rows:,} rows of the embedding are never used, as no token is "
-            f"above {train.max_token:,}: leave model.vocab_size out (none), or use data in the "
-            "vocabulary that it is of"
+            f"{rows - used:,} of the {rows:,} rows of the embedding are never used, because no "
+            f"token is above {train.max_token:,}: leave model.vocab_size out (none), or use data "
+            "that was prepared with this vocabulary"
         )
     if val and val.n_tokens < FEW_VAL_TOKENS:
         yield (
-            f"only {counted(val.n_tokens, 'token')} to validate on: the loss of so few, and which "
-            "checkpoint is best by it, is mostly chance; add text, or prepare it with a larger "
-            "--val-fraction"
+            f"only {counted(val.n_tokens, 'validation token')}: the validation loss, and with it "
+            "the choice of the best checkpoint, is mostly chance; add text, or prepare it with a "
+            "larger --val-fraction"
         )
     limit = config.data.cache_gib
     if (needed := n_bytes(*(d.shards for d in (train, val) if d))) > limit * 2**30:
         yield (
-            f"data.cache_gib = {limit:g} does not hold all shards, and the order of samples needs "
-            f"them all the time: each {-(-config.data.prefetch // 2)} micro-batches fetch up to "
-            f"{in_gib(needed)} GiB. Set it to {in_gib(needed)}, or raise data.prefetch, the "
-            "micro-batches that wait in memory"
+            f"data.cache_gib = {limit:g} does not hold all shards, but samples come from all of "
+            f"them in random order: every {-(-config.data.prefetch // 2)} micro-batches fetch up "
+            f"to {in_gib(needed)} GiB. Set it to {in_gib(needed)}, or raise data.prefetch, the "
+            "number of micro-batches prepared ahead"
         )
     if n_ranks == 1 and (mode := config.distributed.mode) != "auto":
         how = "torchrun --nproc-per-node N -m fasttrain.train …"

@@ -16,10 +16,10 @@ from fasttrain.log.timing import TimeAccount
 Tensors = dict[str, Tensor]  # by name
 # How a fault is described whose step had other results when it was run again.
 _RECHECKED = {
-    "transient": "transient error: run again it came out otherwise, a third time as one of the two",
-    "persistent": "persistent error: run three times, it came out in three ways",
+    "transient": "transient error: a second run gave another result, a third run agreed with one",
+    "persistent": "persistent error: three runs gave three results",
 }
-_DESCRIPTIONS = {**_RECHECKED, "empty": "no target counts, so that there is nothing to learn"}
+_DESCRIPTIONS = {**_RECHECKED, "empty": "no target counts, so there is nothing to learn"}
 
 
 class Fault(NamedTuple):

@@ -92,19 +92,19 @@ Batches = Iterable[Any]
 
 
 class Callback:
-    """What happens during training, for a subclass to act on; each gets the trainer."""
+    """Base class for hooks. Each method receives the trainer."""
 
     def on_step_end(self, trainer: "Trainer") -> None:
-        """After each optimizer step; ``trainer.stop()`` ends the training."""
+        """Called after each optimizer step; ``trainer.stop()`` ends the training."""
 
     def on_epoch_end(self, trainer: "Trainer") -> None:
-        """After each pass over the training loader."""
+        """Called after each pass over the training loader."""
 
     def on_evaluate(self, trainer: "Trainer", result: dict[str, float]) -> None:
-        """After each evaluation."""
+        """Called after each evaluation."""
 
     def on_checkpoint(self, trainer: "Trainer", path: Path) -> None:
-        """After each checkpoint, which is on disk."""
+        """Called after each checkpoint has been written to disk."""
 
 
 _EVENTS = [name for name in vars(Callback) if name.startswith("on_")]

@@ -1,10 +1,10 @@
-"""What a training step takes: memory, estimated without taking any; both memory and time, measured.
+"""The memory that a training step needs, estimated; and its memory and time, measured.
 
-The estimate runs forward and backward on fake tensors, which have shapes and no data, and follows
-every storage from its birth to its death: what autograd keeps is counted as it is, for any option
-of the model. What fake tensors cannot show is added by formula: the optimizer's state and the
-scratch inside the fused loss and inside Muon. It is the memory of eager execution; a compiled step
-fuses and recomputes, and mostly takes less.
+The estimate allocates nothing. It runs forward and backward on fake tensors, which have shapes but
+no data, and tracks every storage from allocation to release, so what autograd keeps is counted for
+any option of the model. Formulas add what fake tensors cannot show: the optimizer's state, and
+scratch memory inside the fused loss and Muon. The estimate is of eager execution; a compiled step
+usually needs less.
 
     parameters   Σ numel · itemsize
     gradients    alive at the peak: none of this step's at the end of the first forward pass
@@ -361,6 +361,6 @@ def best_micro_batch(
             f"more than the {free / 2**20:,.0f} MiB that may be used on {device}; shrink the model "
             "or the sequence, or use a larger device"
         )
-    found = f"{counted(best, 'row')}, {counted(rows // best, 'micro-batch')} a step"
-    report(f'train.micro_batch = "auto": {found}')
+    chosen = f"{counted(best, 'sequence')}, {counted(rows // best, 'micro-batch')} per step"
+    report(f'train.micro_batch = "auto": {chosen}')
     return best

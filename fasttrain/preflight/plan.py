@@ -100,13 +100,14 @@ def preflight(
         runs = False
         tell("speed", f"not measured: a step of {flops:.3g} FLOPs takes minutes on a CPU")
     if runs:
-        say("measuring a few steps … (python -m fasttrain.preflight --no-probe leaves that out)")
+        say("measuring a few steps … (skip this with --no-probe)")
     probed = probe_step(alone, device=device) if runs else None
     whose = "step and rank" if n_ranks > 1 else "step"
-    tell("memory", f"of an eager {whose} on {device}, {precision.name}, at its peak:")
+    tell("memory", f"peak of an eager {whose} on {device} in {precision.name}:")
     for name, size in memory._asdict().items():
         if size or name != "gathered":  # which one process and DDP do without
-            say(f"    {name:<12} {_size(size) if size else 'none then':>10}")
+            freed = "  (freed before the peak)" if name == "gradients" and not size else ""
+            say(f"    {name:<12} {_size(size) if size else '0':>10}{freed}")
     say(f"    {'total':<12} {_size(memory.total):>10}  of {_size(free)} free")
     if probed and n_ranks == 1:
         say(f"    {'measured':<12} {_size(probed.peak_bytes):>10}")
@@ -179,13 +180,12 @@ def warnings_of(
         yield "run.dtype = fp32 leaves the tensor cores idle; use bf16, fp16 or tf32"
     if tokens_per_parameter < FEW_TOKENS:
         yield (
-            f"{tokens_per_parameter:.2g} tokens for each parameter in matrix products, and about "
-            f"{BEST_TOKENS:.0f} make the best of the compute: a smaller model will end better, or "
-            "train for longer"
+            f"{tokens_per_parameter:.2g} tokens per matrix parameter; about {BEST_TOKENS:.0f} is "
+            "compute-optimal: use a smaller model, or train for longer"
         )
     if (run_size.epochs or 0.0) > MANY_EPOCHS:
         yield (
-            f"{run_size.epochs:.1f} epochs: beyond {MANY_EPOCHS:.0f} repeated text teaches less "
+            f"{run_size.epochs:.1f} epochs: after {MANY_EPOCHS:.0f}, repeated text teaches less "
             "and less; add text, or watch the validation loss"
         )
     if warmup >= steps:

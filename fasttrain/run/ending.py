@@ -110,12 +110,14 @@ def describe(run_size: RunSize) -> dict[str, str]:
         if own is not None and -(-own // 64) * 64 != m.vocab_size != own:
             vocabulary += f" of the model, {own:,} of the data"
         dropped = run_size.dropped_tokens
-        outside = f" ({format_count(dropped)} in no sequence)" if dropped else ""
-        tokens = f"{train.n_tokens:,} tokens to train on{outside}, {val.n_tokens:,} to validate"
+        left_over = f" ({format_count(dropped)} left over)" if dropped else ""
+        tokens = f"{train.n_tokens:,} training tokens{left_over}, {val.n_tokens:,} validation"
         rows["data"] = f"{redact(named)}: {tokens}; {vocabulary}"
     ranks = f" on each of {run_size.n_ranks} ranks" if run_size.n_ranks > 1 else ""
-    micro = f"{step.n_micro} × {counted(step.rows, 'row')} × {config.data.seq_len}{ranks}"
-    rows["step"], rows["run"] = f"{step.tokens:,} tokens: {micro}", f"{loop.hours} h"
+    micro_batches = counted(step.n_micro, "micro-batch")
+    sequences = f"{counted(step.rows, 'sequence')} × {config.data.seq_len} tokens"
+    rows["step"] = f"{step.tokens:,} tokens: {micro_batches} × {sequences}{ranks}"
+    rows["run"] = f"{loop.hours} h"
     if run_size.tokens is not None:
         epochs = "" if run_size.epochs is None else f"{run_size.epochs:,.2f} epochs, "
         flops = f"{run_size.tokens * flops_per_token:.3g} FLOPs"
