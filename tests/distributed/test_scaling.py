@@ -239,7 +239,7 @@ def test_preflight_for_several_ranks(
     options = ["--world-size", "4", "--bandwidth-gbps", "10"]
     assert preflight_main([str(path), *overrides, *options]) == 0
     out = capsys.readouterr().out
-    assert "512 tokens: 2 × 4 rows × 16 on each of 4 ranks" in out
+    assert "512 tokens: 2 micro-batches × 4 sequences × 16 tokens on each of 4 ranks" in out
     assert "ranks        4, fsdp: distributed.mode = fsdp" in out
     assert "    gathered" in out
     assert "reduce-scatter" in out
@@ -247,7 +247,7 @@ def test_preflight_for_several_ranks(
     assert "tokens/s" in out
     assert preflight_main([str(path), *overrides, "--world-size", "3"]) == 0
     out = capsys.readouterr().out
-    assert "528 tokens: 11 × 1 row × 16 on each of 3 ranks" in out
+    assert "528 tokens: 11 micro-batches × 1 sequence × 16 tokens on each of 3 ranks" in out
     assert "tokens_per_step = 512 is not a whole number of sequences of data.seq_len = 16" in out
     with pytest.raises(SystemExit):
         preflight_main([str(path), "--world-size", "0"])

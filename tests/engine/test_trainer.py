@@ -56,7 +56,7 @@ def test_a_run_says_that_other_processes_use_its_cores(
     build(load_config(toy, ["train.steps=3", "log.every_steps=100"]), console=console).fit()
     assert not list(shares)  # a look after each step, logged or not
     (note,) = (note for note in notes if "run.threads" in note)
-    assert re.search(r"\b47%.*\bcore\b.*run\.threads=1\b", note)
+    assert re.search(r"\bcore\b.*\b47%.*run\.threads=1\b", note)
 
 
 @pytest.mark.parametrize(
