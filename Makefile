@@ -1,4 +1,4 @@
-.PHONY: check test bench bench-results report gpu gpu-dry
+.PHONY: check test quick record-slow bench bench-results report gpu gpu-dry
 
 PYTHON ?= python3
 # Also uninstalled, and with whatever the caller has on the path.
@@ -10,6 +10,12 @@ check:
 
 test:
 	pytest
+
+quick: # what to run at each save: one process, a minute
+	pytest -m quick
+
+record-slow: # what quick leaves out, measured; kept in tests/slow.txt
+	pytest --record-slow
 
 bench:
 	pytest benchmarks/ --benchmark-only

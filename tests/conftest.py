@@ -36,6 +36,15 @@ from collections.abc import Iterator  # noqa: E402
 import pytest  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
 
+from tests.support.quick import (  # noqa: E402, F401
+    pytest_addoption,
+    pytest_cmdline_main,
+    pytest_collection_modifyitems,
+    pytest_configure,
+    pytest_runtest_makereport,
+    pytest_runtest_protocol,
+    pytest_sessionfinish,
+)
 from tests.support.toy import end_started  # noqa: E402
 
 with contextlib.suppress(ImportError):  # it needs expecttest, which a GPU machine may lack
