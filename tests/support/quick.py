@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,13 @@ class Guard:
         self.has_refused = False
         os.environ["PATH"] = tempfile.mkdtemp(prefix="no-programs-")  # so there is no compiler
         sys.addaudithook(self._audit)
+        start = BaseProcess.start  # of multiprocessing, whose fork server raises no audit event
+
+        def guarded(process: BaseProcess) -> None:
+            self._audit("os.fork", (process.name,))
+            start(process)
+
+        BaseProcess.start = guarded  # type: ignore[method-assign]
 
     def _audit(self, event: str, arguments: tuple[Any, ...]) -> None:
         if not self.is_on or event not in STARTS:
