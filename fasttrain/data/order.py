@@ -199,31 +199,53 @@ def document_rows(dataset: TokenDataset, seq_len: int, whole: bool = True) -> tu
 
 
 def _bucketed(lengths: Array, limits: Sequence[int]) -> Order:
-    """Return what permutes samples of these lengths by their length.
+    """Return what permutes the samples of an epoch by their length.
 
-    Samples of one bucket are permuted, then cut into groups of `GROUP`, and the groups of all
-    buckets permuted. What fills no group comes at the end of the epoch, bucket after bucket.
+    A sample belongs to the bucket of the smallest of ``limits`` that holds its length. The samples
+    of each bucket are permuted and cut into groups of `GROUP`. The groups of all buckets are
+    permuted, and come first. What fills no group comes at the end, bucket after bucket.
+
+    For example, with ``GROUP = 2``, ``limits = (4, 8)`` and seven samples of the lengths 3, 7, 2,
+    8, 1, 5 and 6, the buckets are::
+
+        up to 4: samples 0, 2, 4        permuted, say, to 4, 0, 2
+        up to 8: samples 1, 3, 5, 6     permuted, say, to 6, 1, 3, 5
+
+    The groups (4, 0), (6, 1) and (3, 5) are permuted, say, to (6, 1), (4, 0), (3, 5); sample 2 is
+    left over. The epoch is 6, 1, 4, 0, 3, 5, 2.
+
+    Args:
+        lengths: Of all samples of an epoch.
+        limits: The greatest length in each bucket, ascending.
     """
-    bucket = np.searchsorted(limits, lengths)
-    by_bucket, sizes = np.argsort(bucket, kind="stable"), np.bincount(bucket)
-    # The parts of an epoch: the groups of each bucket, then what is left of each.
+    bucket_of_sample = np.searchsorted(limits, lengths)
+    by_bucket = np.argsort(bucket_of_sample, kind="stable")  # samples, bucket after bucket
+    sizes = np.bincount(bucket_of_sample)  # samples in each bucket
+    first_of_bucket = np.cumsum(sizes) - sizes  # in `by_bucket`
+    # An epoch has two parts for each bucket: first all that are in groups, then all left over.
     grouped = sizes - sizes % GROUP
-    parts, n_grouped = np.concatenate([grouped, sizes - grouped]), int(grouped.sum())
-    ranks = np.concatenate([0 * grouped, grouped])  # in its bucket, of each part's first sample
-    begins, first_ids = np.cumsum(parts) - parts, np.cumsum(sizes) - sizes
+    n_grouped = int(grouped.sum())
+    part_sizes = np.concatenate([grouped, sizes - grouped])
+    part_begins = np.cumsum(part_sizes) - part_sizes
+    first_ranks = np.concatenate([np.zeros_like(grouped), grouped])  # in the bucket, of each part
 
     def order(at: Array, n: int, key: int) -> Array:
+        # Permute the groups; a sample keeps its place within its group.
         group, within = np.divmod(at[at < n_grouped], GROUP)
         group = permute(group, max(n_grouped // GROUP, 1), key)
         at = np.concatenate([group * GROUP + within, at[at >= n_grouped]])
-        part = np.searchsorted(begins, at, side="right") - 1
-        bucket, rank = part % len(sizes), ranks[part] + at - begins[part]
-        found = np.empty(len(at), np.int64)
+        # Find each one's bucket, and its rank there.
+        part = np.searchsorted(part_begins, at, side="right") - 1
+        bucket = part % len(sizes)
+        rank = first_ranks[part] + at - part_begins[part]
+        # Permute within each bucket.
+        samples = np.empty(len(at), np.int64)
         for number in np.unique(bucket).tolist():
-            here = bucket == number
-            place = permute(rank[here], int(sizes[number]), ((number + 1) << 200) + key)
-            found[here] = by_bucket[first_ids[number] + place]
-        return found
+            of_bucket = bucket == number
+            bucket_key = ((number + 1) << 200) + key
+            place = permute(rank[of_bucket], int(sizes[number]), bucket_key)
+            samples[of_bucket] = by_bucket[first_of_bucket[number] + place]
+        return samples
 
     return order
 

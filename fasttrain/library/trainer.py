@@ -1,4 +1,4 @@
-"""`Trainer` and `train_loop` for custom models: any module that returns logits, any batches.
+"""`Trainer` for custom models: any module that returns logits, any batches.
 
 `fasttrain.train` runs the pretraining loop of `fasttrain.engine`, which knows its model and its
 data. These know neither and take the same steps: each minimises the mean over all target tokens of
@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from functools import partial
 from itertools import islice
-from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +29,11 @@ from fasttrain.checkpoint import CheckpointWriter, load, refuse_unsavable
 from fasttrain.checkpoint import resolve as resolve_checkpoint
 from fasttrain.command import EXIT_STOPPED, tell
 from fasttrain.config import (
-    LoopConfig,
     TrainConfig,
     UserError,
-    config_difference,
-    config_from_dict,
     config_to_toml,
 )
-from fasttrain.device import make_deterministic, resolve_device
+from fasttrain.device import make_deterministic
 from fasttrain.distributed.sharding import cut, place
 from fasttrain.engine.optim import (
     check_tensors,
@@ -52,12 +48,20 @@ from fasttrain.engine.saving import collect
 from fasttrain.engine.schedule import n_stale
 from fasttrain.engine.step import EMPTY, FINE, TrainStep
 from fasttrain.library import state as states
+from fasttrain.library.arguments import (
+    config_of,
+    path_of,
+    refuse_arguments,
+    refuse_config,
+    refuse_loader,
+    shown,
+    warn_of_ignored,
+)
 from fasttrain.library.objective import Criterion, Objective, together, without_compiler
 from fasttrain.log.console import Console
 from fasttrain.log.metrics import TrainingMetrics
 from fasttrain.log.sinks import RowKind, Sinks, check_packages
 from fasttrain.model.transformer import Transformer
-from fasttrain.printing import say
 from fasttrain.redact import redact
 from fasttrain.resolve import apply_numerics, resolve_custom
 from fasttrain.run.folder import (
@@ -70,205 +74,15 @@ from fasttrain.run.folder import (
 from fasttrain.run.provenance import provenance
 from fasttrain.run.resume import made_otherwise
 
-__all__ = ["Callback", "Trainer", "train_loop"]
-
-# The config keys that a Trainer obeys, by what it needs for them; of others it warns where they are
-# set. It never saves asynchronously.
-OBEYED = {
-    "fasttrain.Transformer": "run.fp8 train.activation_checkpointing",
-    "torchrun": "distributed.mode distributed.shard_ranks distributed.reshard_after_forward "
-    "distributed.init_timeout_s",
-    "nothing": "run.device run.dtype run.attention run.deterministic run.compile train.steps "
-    "train.epochs train.max_grad_norm train.max_grad_value train.ema_decay train.on_nonfinite "
-    "eval.every_steps eval.patience eval.min_change log.every_steps",
-    "run_dir": "checkpoint.every_steps checkpoint.keep_last checkpoint.asynchronous log.csv "
-    "log.tensorboard log.wandb_project log.wandb_mode",
-    "criterion=None": "train.label_smoothing train.z_loss",
-}
 # A torch.amp.GradScaler's names, which a checkpoint has, of numbers of the step
 SCALER = {"scale": "grad_scale", "_growth_tracker": "growth_tracker"}
 COUNTERS = ("step", "epoch", "batch_in_epoch", "skipped_steps")  # of a checkpoint's state
 Batches = Iterable[Any]
 
 
-class Callback:
-    """Base class for hooks. Each method receives the trainer."""
-
-    def on_step_end(self, trainer: "Trainer") -> None:
-        """Called after each optimizer step; ``trainer.stop()`` ends the training."""
-
-    def on_epoch_end(self, trainer: "Trainer") -> None:
-        """Called after each pass over the training loader."""
-
-    def on_evaluate(self, trainer: "Trainer", result: dict[str, float]) -> None:
-        """Called after each evaluation."""
-
-    def on_checkpoint(self, trainer: "Trainer", path: Path) -> None:
-        """Called after each checkpoint has been written to disk."""
-
-
-_EVENTS = [name for name in vars(Callback) if name.startswith("on_")]
-
-
-def _has_modes(optimizer: torch.optim.Optimizer) -> bool:
+def has_modes(optimizer: torch.optim.Optimizer) -> bool:
     """Return whether it evaluates at other weights than it trains, as schedule-free ones."""
     return all(callable(getattr(optimizer, mode, None)) for mode in ("train", "eval"))
-
-
-def _named(value: Any) -> str:
-    """Return what a wrong argument is, for a message: a plain value, a class, or its type."""
-    if isinstance(value, type):
-        return f"the class {value.__name__}"
-    if value is None or isinstance(value, bool | int | float):
-        return str(value)
-    if isinstance(value, str):
-        return repr(value if len(value) <= 80 else f"{value[:80]}…")
-    return f"of type {type(value).__name__}"
-
-
-def _path(name: str, value: Any) -> Path:
-    """Return an argument as a path, or refuse it."""
-    if not isinstance(value, str | Path):
-        raise UserError(f"Trainer: {name} is {_named(value)}; pass the path of a folder")
-    return Path(value)
-
-
-def _refuse_model(model: Any, who: str = "Trainer") -> None:
-    if isinstance(model, type):
-        raise UserError(f"{who}: model is {_named(model)}; pass an instance, {model.__name__}(…)")
-    if not isinstance(model, nn.Module):
-        raise UserError(f"{who}: model is {_named(model)}; pass a torch.nn.Module")
-
-
-def _refuse_loader(name: str, loader: Any) -> None:
-    if isinstance(loader, str | bytes | Mapping):
-        raise UserError(
-            f"Trainer: {name} is {_named(loader)}; pass a DataLoader or list of batches"
-        )
-    if isinstance(loader, type) or not (
-        hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")
-    ):
-        raise UserError(
-            f"Trainer: {name} is {_named(loader)}; pass a DataLoader or list of batches"
-        )
-
-
-def _refuse_arguments(
-    model: Any,
-    optimizer: Any,
-    scheduler: Any,
-    criterion: Any,
-    accumulate: Any,
-    metrics: Any,
-    callbacks: Sequence[Any],
-) -> None:
-    """Refuse an argument of `Trainer` that is of a wrong kind."""
-    _refuse_model(model)
-    if isinstance(optimizer, type) or not hasattr(optimizer, "param_groups"):
-        raise UserError(
-            f"Trainer: optimizer is {_named(optimizer)}; give one of torch.optim, over "
-            "model.parameters(), such as torch.optim.AdamW(model.parameters(), lr=1e-3)"
-        )
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise UserError(
-            f"Trainer: {type(optimizer).__name__} evaluates the loss by itself, several times a "
-            "step (its step needs a closure); give another optimizer"
-        )
-    if scheduler is not None and (
-        isinstance(scheduler, type | torch.optim.Optimizer)
-        or not callable(getattr(scheduler, "step", None))
-        or not callable(getattr(scheduler, "state_dict", None))
-    ):
-        raise UserError(
-            f"Trainer: scheduler is {_named(scheduler)}; give one of torch.optim.lr_scheduler, "
-            "such as CosineAnnealingLR(optimizer, T_max=1000), or None for a constant learning rate"
-        )
-    scheduled = getattr(scheduler, "optimizer", optimizer)
-    if scheduled is not optimizer and scheduled.param_groups is not optimizer.param_groups:
-        raise UserError(
-            f"Trainer: scheduler is made for another {type(scheduled).__name__}; make it with the "
-            "optimizer that you pass"
-        )
-    if criterion is not None and (isinstance(criterion, type) or not callable(criterion)):
-        raise UserError(
-            f"Trainer: criterion is {_named(criterion)}; give a function of logits (N, V) and "
-            "targets (N,), such as torch.nn.CrossEntropyLoss(), or None for cross-entropy"
-        )
-    if isinstance(accumulate, bool) or not isinstance(accumulate, Integral):
-        raise UserError(
-            f"Trainer: accumulate is {_named(accumulate)}; pass the number of batches of a step, "
-            "an integer of at least 1"
-        )
-    if accumulate < 1:
-        raise UserError(f"Trainer: accumulate must be at least 1, got {accumulate}")
-    if metrics is not None and not isinstance(metrics, Mapping):
-        raise UserError(
-            f"Trainer: metrics is {_named(metrics)}; pass a dict of names and functions of "
-            '(logits, targets), such as {"accuracy": accuracy}'
-        )
-    for name, metric in (metrics or {}).items():
-        if not isinstance(name, str):
-            raise UserError(f"Trainer: metrics has the name {name!r}; names are strings")
-        if isinstance(metric, type) or not callable(metric):
-            raise UserError(
-                f"Trainer: metrics[{name!r}] is {_named(metric)}; pass a function of logits (N, V) "
-                "and targets (N,) that returns their mean"
-            )
-    for callback in callbacks:
-        has_method = any(callable(getattr(callback, event, None)) for event in _EVENTS)
-        if isinstance(callback, type) or not has_method:
-            raise UserError(
-                f"Trainer: callbacks holds {callback!r}; give objects with any of "
-                f"{', '.join(_EVENTS)}"
-            )
-    if any(getattr(module, "sparse", False) is True for module in model.modules()):
-        raise UserError(
-            "Trainer: the model makes sparse gradients, of which there is no norm here; set "
-            "sparse=False"
-        )
-
-
-def _refuse_config(config: TrainConfig) -> None:
-    """Refuse a config that asks for what `Trainer` does not do."""
-    loop = config.train
-    if loop.steps is None and (loop.epochs or 0.5) % 1:
-        raise UserError("Trainer: set train.steps, or train.epochs to a whole number")
-    if loop.on_nonfinite == "rollback" or loop.on_spike != "off":
-        raise UserError(
-            "Trainer: does not go back or look for spikes; unset train.on_spike, and set "
-            "train.on_nonfinite=skip or stop"
-        )
-    if config.run.compile not in ("off", "auto", "c++", "default"):
-        raise UserError("Trainer: knows no CUDA graphs; use run.compile=default")
-
-
-def _resolve_config(given: Any) -> TrainConfig:
-    if isinstance(given, Mapping):
-        loop, horizon = given.get("train", {}), {"steps", "epochs", "tokens", "hours"}
-        if isinstance(loop, Mapping) and not horizon & loop.keys():
-            given = {**given, "train": {"epochs": 1, **loop}}
-        return config_from_dict(given)
-    if not isinstance(given, TrainConfig):
-        raise UserError(
-            f"Trainer: config is of type {type(given).__name__}; give a TrainConfig, "
-            'load_config(path), or a dict of sections, such as {"train": {"epochs": 1}}'
-        )
-    return given
-
-
-def _warn_of_ignored(config: TrainConfig, met: Mapping[str, bool]) -> None:
-    needs = {key: need for need, keys in OBEYED.items() for key in keys.split()}
-    ignored = [
-        f"{key} (needs {needs[key]})" if key in needs else key
-        for key, *_ in config_difference(config, TrainConfig(train=LoopConfig(epochs=1)))
-        if not met.get(needs.get(key, ""), key in needs)
-    ]
-    if ignored:
-        warnings.warn(
-            f"Trainer: ignores {', '.join(ignored)}; the model, optimizer, scheduler and loaders "
-            "are used as you pass them",
-            stacklevel=3,
-        )
 
 
 class Trainer:
@@ -337,19 +151,19 @@ class Trainer:
         callbacks: Sequence[Any] = (),
         quiet: bool = False,
     ) -> None:
-        self.config = config = _resolve_config({} if config is None else config)
+        self.config = config = config_of({} if config is None else config)
         if callbacks is None:
             raise UserError("Trainer: callbacks is None; pass a list of callbacks, or leave it out")
         several = isinstance(callbacks, Iterable) and not isinstance(
             callbacks, str | bytes | Mapping
         )
         callbacks = list(callbacks) if several else [callbacks]
-        _refuse_config(config)
-        _refuse_arguments(model, optimizer, scheduler, criterion, accumulate, metrics, callbacks)
+        refuse_config(config)
+        refuse_arguments(model, optimizer, scheduler, criterion, accumulate, metrics, callbacks)
         if not isinstance(quiet, bool):
-            raise UserError(f"Trainer: quiet is {_named(quiet)}; pass True or False")
+            raise UserError(f"Trainer: quiet is {shown(quiet)}; pass True or False")
         if run_dir is not None:
-            run_dir = _path("run_dir", run_dir)
+            run_dir = path_of("run_dir", run_dir)
         accumulate = int(accumulate)
         met = {
             "fasttrain.Transformer": isinstance(without_compiler(model), Transformer),
@@ -357,7 +171,7 @@ class Trainer:
             "run_dir": run_dir is not None,
             "criterion=None": criterion is None,
         }
-        _warn_of_ignored(config, met)
+        warn_of_ignored(config, met)
         if config.run.deterministic:
             make_deterministic()
         self.world, self.device = place(model, optimizer, config)
@@ -395,7 +209,7 @@ class Trainer:
         # A training that is under way
         self._told = ""  # to stop, on this rank: "stop", or a signal's name
         self._why = ""  # the signal, as all ranks know it
-        self._write: Callable[[RowKind, dict[str, float]], None] = lambda *_: None
+        self._sinks: Sinks | None = None  # while it trains, if there is a run_dir
         self._held = False  # whether the run folder is locked
         self._named_run_dir = self.run_dir  # by the caller; it may have moved to another one
         self._console = Console() if self.world.leads and not quiet else None
@@ -452,9 +266,9 @@ class Trainer:
             SystemExit: SIGINT, SIGTERM or SIGUSR1 came: the step under way was ended and saved. The
                 status is 75, as on the command line. A second signal ends the process at once.
         """
-        _refuse_loader("train_loader", train_loader)
+        refuse_loader("train_loader", train_loader)
         if val_loader is not None:
-            _refuse_loader("val_loader", val_loader)
+            refuse_loader("val_loader", val_loader)
         with self._training(train_loader, val_loader):
             while not self._over():
                 before, within = self.step, self.batch_in_epoch
@@ -477,7 +291,7 @@ class Trainer:
 
         Steps without targets have none; nan where no step had targets.
         """
-        _refuse_loader("loader", loader)
+        refuse_loader("loader", loader)
         first = self.step
         with self._training(loader, None, one_epoch=True):
             self._epoch(loader, None, self._agree)
@@ -508,12 +322,12 @@ class Trainer:
                 signals = stop_signals(stop=stop, rescue=self.stop, patience_s=wait, echo_s=ECHO_S)
                 stack.enter_context(signals)
             self._meet(loader, val_loader)
-            if _has_modes(self.optimizer):
+            if has_modes(self.optimizer):
                 self.optimizer.train()  # type: ignore[attr-defined]
             if self.run_dir is not None and self.world.leads:
                 sinks = stack.enter_context(closing(Sinks(self.config, self.run_dir, self.made_by)))
-                stack.callback(setattr, self, "_write", self._write)
-                self._write = sinks.write
+                stack.callback(setattr, self, "_sinks", None)
+                self._sinks = sinks
                 if self._loaded:
                     sinks.drop_after(self.step)
             if self._console is not None:
@@ -761,7 +575,7 @@ class Trainer:
         training mode.
         """
         optimizer: Any = self.optimizer
-        if not _has_modes(optimizer) or not optimizer.param_groups[0].get("train_mode", True):
+        if not has_modes(optimizer) or not optimizer.param_groups[0].get("train_mode", True):
             yield
             return
         parameters = parameters_of(optimizer)
@@ -787,7 +601,7 @@ class Trainer:
             if isinstance(self.scheduler, ReduceLROnPlateau):
                 self.scheduler.step(result["val_loss"])
         self.metrics.record(self.step, **result)
-        self._write("eval", {"step": self.step, **result})
+        self._write_row("eval", {"step": self.step, **result})
         if self._console is not None:
             self._console.evaluation({"step": self.step, "best": is_best, **result})
         self._tell("on_evaluate", result)
@@ -812,11 +626,16 @@ class Trainer:
         row = {"step": self.step, "loss": math.nan, "grad_norm": math.nan, **self.metrics.last()}
         row["skipped_steps"] = self.skipped_steps
         row["step_ms"] = 1000 * (now - then) / max(1, self.step - before)
-        self._write("train", row)
+        self._write_row("train", row)
         n_tokens, self._n_logged = self._n_tokens - self._n_logged, self._n_tokens
         if self._console is not None:
             tokens_per_s = n_tokens / max(now - then, 1e-6)
             self._console.train(row | {"tokens_per_s": tokens_per_s} | self._pace(now))
+
+    def _write_row(self, kind: RowKind, row: dict[str, float]) -> None:
+        """Write a row of the log, if there is a run folder."""
+        if self._sinks is not None:
+            self._sinks.write(kind, row)
 
     def _draw_progress(self) -> None:
         """Redraw the progress bar, on a terminal, from what the host knows: nothing waits."""
@@ -866,7 +685,7 @@ class Trainer:
         """
         writer: CheckpointWriter | None = None
         if path is not None:
-            path = _path("path", path)
+            path = path_of("path", path)
             if any((path / name).exists() for name in ("checkpoints", "manifest.json")):
                 said = "is a run folder or a checkpoint; give another folder"
                 raise UserError(f"save_checkpoint: {path} {said}")
@@ -916,7 +735,7 @@ class Trainer:
         counters = {name: getattr(self, name) for name in COUNTERS}
         state = {**counters, "provenance": self.made_by, "library": library}
         groups = collect(step) | {"trainer": tensors}
-        if _has_modes(self.optimizer) and "ema" not in groups:  # the weights that are evaluated
+        if has_modes(self.optimizer) and "ema" not in groups:  # the weights that are evaluated
             with self._optimizer_evaluates():
                 evaluated = parameters_by_name(self.model)
                 groups["ema"] = {name: p.detach().clone() for name, p in evaluated.items()}
@@ -939,7 +758,7 @@ class Trainer:
         """
         if (where := path or self.run_dir) is None:
             raise UserError("Trainer: name the checkpoint, or give the trainer a run_dir")
-        loaded = load(resolve_checkpoint(_path("path", where)))
+        loaded = load(resolve_checkpoint(path_of("path", where)))
         if "library" not in loaded.state:
             remedy = "go on with what saved it, or take the model alone: fasttrain.load_model"
             raise UserError(f"{loaded.path}: was not saved by a Trainer of this version; {remedy}")
@@ -995,95 +814,3 @@ class Trainer:
             is_newest = newer_checkpoint(self.run_dir, loaded.path) is None
             self._left_bytes = logged_bytes(self.run_dir) if is_newest else None
             self._branches_off = None if is_newest else loaded.path
-
-
-def train_loop(
-    model: nn.Module,
-    train_dataloader: Iterable[Any],
-    optimizer: torch.optim.Optimizer,
-    num_epochs: int,
-    max_grad_norm: float | None = 1.0,
-    log_interval: int = 100,
-    device: str | torch.device = "cuda",
-    quiet: bool = False,
-) -> dict[str, list[float] | list[int]]:
-    """Train ``model`` for some passes over ``train_dataloader``: the shortest way to do so.
-
-    Under torchrun the ranks share each step, with DDP or, where a copy of the model does not fit,
-    FSDP2; a loss is then the mean over the batches of all ranks.
-
-    Args:
-        model: as `Trainer` takes it; moved to ``device``. One that is in evaluation mode is put in
-            training mode; of another, parts that are in evaluation mode stay in it.
-        train_dataloader: batches as `Trainer` takes them; a target of −100 is left out of the loss.
-            A step without targets makes no update, unless its batches lie on a GPU already, where
-            to look would wait, and the optimizer is not one of fasttrain_kernels.
-        optimizer: over the model's parameters; a hook on its ``step`` may change its learning rate.
-        num_epochs: passes over the data, at least 0.
-        max_grad_norm: the gradient is clipped to this norm before the update; None: never.
-        log_interval: every so many steps, and after the last, the loss is recorded, unless the step
-            had no targets: the only steps that wait for the device.
-        device: where to train. "cuda" is the CPU where there is no CUDA device, which a line says.
-        quiet: do not print each recorded loss, as in ``Epoch 0, step 100, loss 2.3456``.
-
-    Returns:
-        ``losses``, the mean loss in nats a token of single batches, and ``steps``, their numbers,
-        counted from 1 over all epochs; of equal length.
-
-    Raises:
-        UserError: a batch lacks a key or has the wrong shape, an epoch has no batch, or the device
-            is not there.
-
-    Numerics: cross-entropy in fp32, as `fasttrain_kernels.cross_entropy` describes. The norm is
-    clipped as by `torch.nn.utils.clip_grad_norm_`.
-    """
-    _refuse_model(model, "train_loop")
-    for name, value in (("num_epochs", num_epochs), ("log_interval", log_interval)):
-        if isinstance(value, bool) or not isinstance(value, Integral):
-            raise UserError(f"train_loop: {name} is {_named(value)}; pass an integer")
-    if max_grad_norm is not None and (
-        isinstance(max_grad_norm, bool) or not isinstance(max_grad_norm, Real)
-    ):
-        raise UserError(
-            f"train_loop: max_grad_norm is {_named(max_grad_norm)}; pass a number, or None to clip "
-            "nothing"
-        )
-    if max_grad_norm is not None and not max_grad_norm > 0:
-        raise UserError(
-            f"train_loop: max_grad_norm is {max_grad_norm}; pass a number > 0, or None to clip "
-            "nothing"
-        )
-    if num_epochs < 0 or log_interval < 1:
-        given = f"num_epochs = {num_epochs} and log_interval = {log_interval}"
-        raise UserError(f"train_loop: {given} must be at least 0 and 1")
-    if str(device) == "cuda" and not torch.cuda.is_available():
-        tell("train_loop: there is no CUDA device here; training on the CPU")
-        device = "cpu"
-    try:
-        where = resolve_device(str(device))
-    except (RuntimeError, UserError) as error:
-        said = f'train_loop: there is no device="{device}" here; use device="cpu"'
-        raise UserError(said) from error
-    losses, steps = list[float](), list[int]()
-
-    def record(_: RowKind, row: dict[str, float]) -> None:
-        if "loss" not in trainer.metrics.last():  # of a step without targets
-            return
-        losses.append(row["loss"])
-        steps.append(trainer.step)
-        if not quiet and trainer.world.leads:
-            epoch = min(trainer.epoch, num_epochs - 1)  # the last step is recorded after its epoch
-            say(f"Epoch {epoch}, step {trainer.step}, loss {row['loss']:.4f}")
-
-    run = {"device": str(where), "dtype": "fp32"}
-    loop = {"epochs": max(1, num_epochs)}
-    sections = {"run": run, "train": loop, "log": {"every_steps": log_interval}}
-    tf32 = torch.get_float32_matmul_precision()  # as the caller has it, it stays
-    trainer = Trainer(model, optimizer, config=sections, quiet=True)
-    torch.set_float32_matmul_precision(tf32)
-    trainer._write = record
-    # An optimizer that cannot be judged on the device would wait for it at each step.
-    trainer.train_step.judges, trainer.train_step.max_grad_norm = False, max_grad_norm
-    if num_epochs:
-        trainer.train(train_dataloader)
-    return {"losses": losses, "steps": steps}

@@ -19,7 +19,7 @@ import fasttrain
 from fasttrain import Callback, TrainConfig, Trainer, checkpoint, train_loop
 from fasttrain.config import LogConfig, LoopConfig, RunConfig, UserError, config_from_dict
 from fasttrain.config.keys import Section
-from fasttrain.library.trainer import OBEYED
+from fasttrain.library.arguments import OBEYED
 
 V, T = 17, 6
 
@@ -619,7 +619,7 @@ def test_the_keys_that_are_said_to_be_obeyed_are_those_that_are_read(
         checkpoint={"every_steps": 4},
     )  # fmt: skip
     for name in (
-        "library.trainer._warn_of_ignored",
+        "library.trainer.warn_of_ignored",
         "library.trainer.config_to_toml",
         "checkpoint.writer.parse",
     ):
