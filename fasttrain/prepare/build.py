@@ -20,7 +20,7 @@ from dataclasses import replace
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tokenizers
@@ -59,6 +59,7 @@ LINE_S = 15.0  # between lines of progress where there is no terminal
 # Pieces that are encoded together; how many bytes of the input were read by then.
 PieceGroup = tuple[list[Piece], int]
 Ids = list[NDArray[np.unsignedinteger[Any]]]
+TOKENIZER = "tokenizer.json"
 _encoder: Encoder  # of a worker process
 
 
@@ -92,22 +93,21 @@ def prepare(
     plus the longest record of JSON or Parquet and, while a BPE is trained, its table of words.
     """
     begin = time.perf_counter()
-    match = re.fullmatch(r"(\d{1,4})/(\d{1,4})", shard_of or "1/1")
-    number, n_parts = map(int, match.groups()) if match else (0, 0)
-    if not 1 <= number <= n_parts:
-        raise DataError(f"--shard-of {shard_of}: expected I/N with I from 1 to N, as in 1/4")
-    place = store.place_of(out) + (f".parts/{number}-of-{n_parts}" if shard_of else "")
+    # What is asked for
+    part = _part_of(shard_of)
     if val_fraction is not None and not 0 <= val_fraction < 1:
         raise DataError(f"--val-fraction must be at least 0 and below 1, got {val_fraction}")
     if workers < 1:
         raise DataError(f"--workers must be at least 1, got {workers}")
+    place = store.place_of(out)
+    if shard_of:
+        place += f".parts/{part.number}-of-{part.n_parts}"
     encoding = _encoding_name(format, encoding)
     separator = separator.replace("\\n", "\n").replace("\\t", "\t")
+
+    # The text
     if files is None:
-        files, left_out = find_files(inputs, format=format, encoding=encoding)
-        n_bytes = sum(file.size for file in files)
-        line = f"Found {counted(len(files), 'file')} ({n_bytes:,} bytes)"
-        note(f"{line}; left out {told(left_out)}" if left_out else line)
+        files = _find(inputs, format, encoding, note)
     else:
         files = [replace(file, content=PLAIN) for file in files]
     source = Source(
@@ -120,64 +120,121 @@ def prepare(
     )
     source.note = note
     # Only plain files hold as much text as they have bytes; a part does not know the others' text.
-    is_known = bool(shard_of) or all(file.content == PLAIN for file in source.files)
-    if val_fraction is None and is_known and source.n_bytes >= sources.SMALL_BYTES:
+    is_size_known = bool(shard_of) or all(file.content == PLAIN for file in source.files)
+    if val_fraction is None and is_size_known and source.n_bytes >= sources.SMALL_BYTES:
         val_fraction = sources.VAL_FRACTION
+
+    # All that shapes the dataset, by which an interrupted run is known
+    options = {
+        "inputs": list(map(shown, inputs)),
+        "n_files": len(files),
+        "n_bytes": source.n_bytes,
+        "text_field": text_field,
+    }
+    if format != "auto":
+        options["format"] = format
+    if encoding != "auto":
+        options["encoding"] = encoding
+    if separator:
+        options["separator"] = separator
+    options["tokenizer"] = tokenizer
+    options["val_fraction"] = "auto" if val_fraction is None else val_fraction
+    options["shard_tokens"] = shard_tokens
+    if shard_of:
+        options["part"] = f"{part.number}/{part.n_parts}"
+    tokenizer_file = Path(tokenizer).expanduser()
     asked: Asked = {
-        "source": {
-            "inputs": list(map(shown, inputs)),
-            "n_files": len(files),
-            "n_bytes": source.n_bytes,
-            "text_field": text_field,
-            **({"format": format} if format != "auto" else {}),
-            **({"encoding": encoding} if encoding != "auto" else {}),
-            **({"separator": separator} if separator else {}),
-            "tokenizer": tokenizer,
-            "val_fraction": "auto" if val_fraction is None else val_fraction,
-            "shard_tokens": shard_tokens,
-            **({"part": f"{number}/{n_parts}"} if shard_of else {}),
-        },
+        "source": options,
         "files": [file.identity() for file in files],
-        "tokenizer_sha256": sha256_of(p) if (p := Path(tokenizer).expanduser()).is_file() else "",
+        "tokenizer_sha256": sha256_of(tokenizer_file) if tokenizer_file.is_file() else "",
         "recipe": [RECIPE, sources.PIECE_CHARS, BATCH_CHARS, BPE_BYTES, tokenizers.__version__],
     }
+
+    # The dataset
     with building(place, asked, resume=resume, note=note) as partial:
         if partial is None:
             return
         with Bar(source.n_bytes, progress) as bar:
             splitter = Splitter(source, val_fraction)
-            path = partial.dataset / "tokenizer.json"
             if not partial.state:
-                made = _make_tokenizer(tokenizer, pattern, splitter, note, bar)
-                made.encode_special_tokens = False
-                write_atomically(path, made.to_str(pretty=False).encode())
-                if tokenizer.startswith("bpe:"):
-                    partial.save(exact=False)
+                _write_tokenizer(partial, tokenizer, pattern, splitter, note, bar)
             # Split and tokenizer are those of all the text.
-            bar.n_bytes = source.take(number, n_parts)
-            kind = tokenizer if tokenizer in ("bytes", "chars") else "bpe"
-            processes = max(1, min(workers, source.n_bytes // WORKER_BYTES)) if kind == "bpe" else 1
-            while True:
-                exact = partial.state.get("exact", False)
-                encoder = Encoder(load_tokenizer(path), kind, use_tiktoken=not exact)
-                if encoder.end_of_text is None:
-                    note("The tokenizer has no end-of-text token: documents are not separated")
-                if encoder.not_fast and source.n_bytes > WORKER_BYTES:
-                    note(f"Encoding with tokenizers, not tiktoken, because {encoder.not_fast}")
-                try:
-                    writers = write_splits(partial, splitter, encoder, processes, bar.show)
-                    break
-                except OtherIdsError as error:
-                    problem = f"tiktoken does not split this text as its tokenizer does: {error}"
-                    if shard_of:
-                        remedy = "make all parts anew where tiktoken is not installed"
-                        raise DataError(f"{problem}; {remedy}") from error
-                    note(f"{problem}. Encoding all of it with tokenizers instead, which is slower")
-                    partial.state = {}
-                    partial.save(exact=True)
+            bar.n_bytes = source.take(part.number, part.n_parts)
+            writers, encoder = _encode_all(partial, splitter, workers, note, bar)
         publish(partial, writers, encoder.end_of_text, source.problems, source.n_documents, note)
-    seconds, total = time.perf_counter() - begin, sum(w.n_bytes for w in writers.values())
-    note(f"Wrote {shown(place)} in {seconds:.1f} s ({total / 1e6 / seconds:.1f} MB/s)")
+    seconds = time.perf_counter() - begin
+    n_bytes = sum(writer.n_bytes for writer in writers.values())
+    note(f"Wrote {shown(place)} in {seconds:.1f} s ({n_bytes / 1e6 / seconds:.1f} MB/s)")
+
+
+class _Part(NamedTuple):
+    """Which part of a dataset is made, counted from 1."""
+
+    number: int
+    n_parts: int
+
+
+def _part_of(shard_of: str | None) -> _Part:
+    """Return the part that ``--shard-of I/N`` names; None: the only one."""
+    match = re.fullmatch(r"(\d{1,4})/(\d{1,4})", shard_of or "1/1")
+    part = _Part(*map(int, match.groups())) if match else _Part(0, 0)
+    if not 1 <= part.number <= part.n_parts:
+        raise DataError(f"--shard-of {shard_of}: expected I/N with I from 1 to N, as in 1/4")
+    return part
+
+
+def _find(inputs: Sequence[str], format: str, encoding: str, note: Note) -> list[File]:
+    """Return the files that the inputs mean, and say how many."""
+    files, left_out = find_files(inputs, format=format, encoding=encoding)
+    n_bytes = sum(file.size for file in files)
+    line = f"Found {counted(len(files), 'file')} ({n_bytes:,} bytes)"
+    note(f"{line}; left out {told(left_out)}" if left_out else line)
+    return files
+
+
+def _write_tokenizer(
+    partial: Partial, name: str, pattern: str, splitter: Splitter, note: Note, bar: "Bar"
+) -> None:
+    """Make the tokenizer, and write it into the dataset."""
+    tokenizer = _make_tokenizer(name, pattern, splitter, note, bar)
+    tokenizer.encode_special_tokens = False
+    write_atomically(partial.dataset / TOKENIZER, tokenizer.to_str(pretty=False).encode())
+    if name.startswith("bpe:"):
+        partial.save(exact=False)
+
+
+def _encode_all(
+    partial: Partial, splitter: Splitter, workers: int, note: Note, bar: "Bar"
+) -> tuple[Mapping[Split, ShardWriter], Encoder]:
+    """Encode the text and write the shards; return their writers, and the encoder.
+
+    Text is encoded with tiktoken. If that splits it otherwise than the tokenizer does, all of it is
+    encoded again with tokenizers.
+    """
+    source = splitter.source
+    options = partial.asked["source"]
+    kind = options["tokenizer"] if options["tokenizer"] in ("bytes", "chars") else "bpe"
+    n_processes = 1
+    if kind == "bpe":
+        n_processes = max(1, min(workers, source.n_bytes // WORKER_BYTES))
+    while True:
+        exact = partial.state.get("exact", False)
+        tokenizer = load_tokenizer(partial.dataset / TOKENIZER)
+        encoder = Encoder(tokenizer, kind, use_tiktoken=not exact)
+        if encoder.end_of_text is None:
+            note("The tokenizer has no end-of-text token: documents are not separated")
+        if encoder.not_fast and source.n_bytes > WORKER_BYTES:
+            note(f"Encoding with tokenizers, not tiktoken, because {encoder.not_fast}")
+        try:
+            return write_splits(partial, splitter, encoder, n_processes, bar.show), encoder
+        except OtherIdsError as error:
+            problem = f"tiktoken does not split this text as its tokenizer does: {error}"
+            if "part" in options:
+                remedy = "make all parts anew where tiktoken is not installed"
+                raise DataError(f"{problem}; {remedy}") from error
+            note(f"{problem}. Encoding all of it with tokenizers instead, which is slower")
+            partial.state = {}
+            partial.save(exact=True)
 
 
 def _encoding_name(format: str, encoding: str) -> str:
