@@ -131,7 +131,7 @@ def test_a_resumed_run_a_generated_text_and_the_checks_before_a_run(
     assert preflight([*arguments]) == 0
     assert preflight([*arguments, "--diagnose"]) == 0
     shown = capsys.readouterr().out
-    assert 'train.micro_batch = "auto": 4 rows, 1 micro-batch a step' in shown
+    assert 'train.micro_batch = "auto": 4 sequences, 1 micro-batch per step' in shown
 
 
 def test_every_operation_passes_its_check(monkeypatch: pytest.MonkeyPatch) -> None:
