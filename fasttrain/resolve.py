@@ -46,16 +46,16 @@ class StepShape(NamedTuple):
 def step_shape(loop: LoopConfig, seq_len: int, n_ranks: int = 1) -> StepShape:
     """Return how each of ``n_ranks`` makes a step of ``train.tokens_per_step``.
 
-    A rank takes the nearest number of whole sequences, and as many at a time as divide it, up to
-    ``train.micro_batch``, which may be ``auto``; the loss does not depend on that split.
+    Each rank rounds its share to whole sequences. Its micro-batch is the largest divisor of their
+    number up to ``train.micro_batch`` (``auto``: no limit). The loss does not depend on this split.
     """
     rows, unit = loop.micro_batch, seq_len * n_ranks
-    samples = rows
+    rank_samples = rows
     if loop.tokens_per_step is not None:
-        samples = max((loop.tokens_per_step + unit // 2) // unit, 1)
-        most = samples if isinstance(rows, str) else min(rows, samples)
-        rows = next(n for n in range(most, 0, -1) if samples % n == 0)
-    return StepShape(rows, samples // rows, samples * n_ranks, samples * unit)
+        rank_samples = max((loop.tokens_per_step + unit // 2) // unit, 1)
+        most = rank_samples if isinstance(rows, str) else min(rows, rank_samples)
+        rows = next(n for n in range(most, 0, -1) if rank_samples % n == 0)
+    return StepShape(rows, rank_samples // rows, rank_samples * n_ranks, rank_samples * unit)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +71,10 @@ class Resolved:
             ``blocks``, one compiled block for all; or a mode of ``run.compile``, one graph.
         attention: The kernel of SDPA that is tried first; None on a CPU.
         shape: The size of a step; None for a model of the user's own.
-        why_not_cpp: Why ``run.compile`` does not take the blocks in C++ on a CPU; None: it does, or
-            names something else.
-        rounds_once: Whether a step of several micro-batches rounds the matrices of the blocks to
-            half precision once, not for each of them.
+        why_not_cpp: Why the blocks in C++ are not used on this CPU. None if they are, or if
+            ``run.compile`` does not ask for them.
+        rounds_once: Whether the matrices of the blocks are cast to half precision once a step, and
+            all of its micro-batches use these copies.
     """
 
     config: TrainConfig
@@ -114,8 +114,9 @@ def resolve(config: TrainConfig, device: torch.device, world: World | None = Non
         and device.type == "cuda"
         and mode in ("default", "max-autotune-no-cudagraphs")
         and precision.compute.itemsize == 2
-        and not run.fp8  # which would round twice
-        and config.train.activation_checkpointing == "none"  # which saves the memory of copies
+        and not run.fp8  # it would round a second time
+        and config.train.activation_checkpointing
+        == "none"  # it saves memory, which copies would use up
     )
     asks_for_cpp = device.type == "cpu" and run.compile in ("auto", "c++")
     return Resolved(
@@ -204,11 +205,11 @@ def apply_numerics(resolved: Resolved) -> None:
 def resolve_compile(config: TrainConfig, device: torch.device) -> str:
     """Return how a run compiles: ``off``, ``c++``, ``blocks``, or a mode of ``run.compile``.
 
-    ``c++`` is the block that is written in C++, on a CPU where it can run the config, and else
-    ``off``. ``auto`` compiles everything as one graph on CUDA. On a CPU it is ``c++`` where that
-    fits: it is built in seconds, and its steps are the fastest or at most 3 % slower than a graph's
-    (benchmarks/EXPERIMENTS.md). Else, with a C++ compiler, it is one graph up to
-    `MAX_LAYERS_OF_ONE_CPU_GRAPH` layers, and beyond one block that is compiled once and run for
+    ``c++`` uses the blocks written in C++ on a CPU that can run the config with them; otherwise it
+    means ``off``. ``auto`` compiles everything as one graph on CUDA. On a CPU it is ``c++`` where
+    that fits: it is built in seconds, and its steps are the fastest, or at most 3 % slower than a
+    graph's (benchmarks/EXPERIMENTS.md). Else, with a C++ compiler, it is one graph up to
+    `MAX_LAYERS_OF_ONE_CPU_GRAPH` layers. Beyond, it is one block that is compiled once and run for
     all, so that the time to compile does not grow with the depth.
     """
     mode, on_cpu = config.run.compile, device.type == "cpu"

@@ -36,9 +36,9 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--resume",
         metavar="auto|PATH",
-        help="continue a run: the newest unfinished one of this config, or start a new run if "
-        "there is none yet (auto); or from a run or checkpoint folder, or the address of a run in "
-        "a mirror, with its own config unless one is given. A checkpoint that is not its run's "
+        help="continue a run. auto: the newest unfinished run of this config, or a new run if "
+        "there is none. PATH: a run or checkpoint folder, or the address of a run in a mirror; its "
+        "own config is used unless you name one. A checkpoint that is not its run's "
         "newest, or another run.name, starts a branch: a new run, in a folder of its own",
     )
     decay = "start a branch from a run or checkpoint folder, with its config unless one is given, "
@@ -51,8 +51,9 @@ def _parser() -> argparse.ArgumentParser:
     change = "a key that may differ from the resumed run's; repeatable"
     add("--allow-change", action="append", default=[], metavar="section.key", help=change)
     look = "only report what the run needs and what may harm it, as fasttrain.preflight does"
-    trust = "take all keys of a resumed run's own config, also those that lead to code of others "
-    trust += "or to other folders: eval.tasks_path, data.cache_dir, checkpoint.mirror"
+    trust = "accept every key of a resumed run's own config, including those that can run other "
+    trust += "people's code or reach other folders: eval.tasks_path, data.cache_dir, "
+    trust += "checkpoint.mirror"
     add("--trust", action="store_true", help=trust)
     add("--dry-run", action="store_true", help=look)
     prove = "only prove that resuming works: N steps in one process and in two must give "
@@ -65,7 +66,8 @@ def _config_held_by(
 ) -> tuple[TrainConfig, str]:
     """Return the config that a run or checkpoint folder holds, and a name for a branch of the run.
 
-    Its name and place are the folder's, which may have been moved, unless ``overrides`` set them.
+    The run's name and place are taken from the folder, since it may have been moved, unless
+    ``overrides`` set them.
     """
     from fasttrain.run.folder import run_dir_above
     from fasttrain.run.record import config_name, read_record
@@ -129,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if given is None and source is None:
         parser.error("name a config, such as base or configs/base.toml")
     if arguments.overwrite and arguments.resume in (None, "auto"):
-        parser.error("--overwrite is for --resume CHECKPOINT, which it continues in its own folder")
+        parser.error("--overwrite needs --resume CHECKPOINT: it continues in that run's own folder")
 
     of_others = given is None  # the run's own config, which may come from anybody
     only_looks = arguments.dry_run or arguments.verify_resume is not None
@@ -144,7 +146,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_system()
         from fasttrain.run.signals import interruptible
 
-        # At once: an import in C may swallow an exception and stay half done.
+        # Exit at once instead of raising: a C extension that is being imported could swallow the
+        # exception and be left half initialized.
         with (
             interruptible(lambda number, _: os._exit(interrupted(number))),
             contextlib.ExitStack() as fetched,

@@ -1,7 +1,7 @@
 """The training loop, read top to bottom: step, log, evaluate, sample, save.
 
-A *step* is one optimizer update, a *micro-batch* one forward and backward pass. A step that does
-not log never waits for the device.
+A *step* is one optimizer update, a *micro-batch* one forward and backward pass. A step waits for
+the device only if it logs or rechecks, or if an evaluation, a save or a stop follows it.
 """
 
 import contextlib
@@ -106,7 +106,7 @@ class TrainingLoop:
         Raises FloatingPointError if a step is bad, and the run may neither skip it nor go back.
         """
         # A garbage collection stalls a step for milliseconds, and steps make no cycles that matter.
-        # Evaluation collects; it need not look through torch's modules each time, for 0.2 s.
+        # Evaluation collects instead; freezing spares it a walk through torch's modules.
         gc.collect()
         gc.freeze()
         gc.disable()
@@ -146,9 +146,10 @@ class TrainingLoop:
         if state.eval_due:
             self.saver.saved_at = None
             self._after_step(self._finished())
-            self.saver.save_once()  # or the next session would make up for it once more
+            self.saver.save_once()  # or the next session would evaluate once more
         self.lockstep.beat(config.distributed.init_timeout_s)
-        # The watchdog ends an endless collective; a timeout would count time of a suspended job.
+        # The watchdog ends a hung collective. A collective's own timeout would also count the time
+        # for which a job is suspended.
         self.world.set_timeout(SUSPENDED_S)
         check_every = config.distributed.check_every_steps
         if check_every:
@@ -161,7 +162,8 @@ class TrainingLoop:
                     self.console.note(f"{self.stop_reason}: ending with a checkpoint")
                 self.saver.save_once()
                 return "stopped"
-            # One step
+            # One step. After a request to stop, an error of the first step, or of a single rank, is
+            # taken for its consequence: the step is given up.
             try:
                 log = self._step()
             except Exception as error:
@@ -181,7 +183,7 @@ class TrainingLoop:
                     self.console.note(f"{took} (compile cache {cache})")
                     record_compiled()
             self._decide_together()
-            # Its verdict, before anything is saved; its line of the log
+            # Read the verdict before anything is saved; then log the step
             last = self._finished()
             log, stopping = log or last, state.step >= self.stop_at
             if log or stopping or state.due(config.checkpoint.every_steps, config.eval.every_steps):
@@ -190,7 +192,8 @@ class TrainingLoop:
                 if log or stopping:
                     self.reporter.train(steps[-1], stopped=not log)
             if state.due(config.checkpoint.every_steps) and compile_cache_use():
-                record_compiled()  # of evaluation too, and files that other ranks were writing
+                # Again, for what evaluation compiled and what other ranks were still writing
+                record_compiled()
             if check_every and (stopping or last or state.due(check_every)):
                 self.recovery.check_copies()
             self.reporter.watch_cores()
@@ -216,7 +219,8 @@ class TrainingLoop:
                 computed = self.train_step.compute(batches, recheck=recheck)
             state.lr = self._learning_rate()
             self.train_step.update(computed, state.lr)
-        # The step is issued: count it, and skip samples that are not trained on again. No sync.
+        # The step is queued, and perhaps not finished. Count it, and jump over samples that must
+        # not be used again; neither waits for the device.
         n_tokens = sum(batch.n_tokens for batch in batches)
         state.tokens += n_tokens
         state.fresh_tokens += n_tokens
@@ -252,7 +256,10 @@ class TrainingLoop:
         return lr_at(state.step, state.horizon, schedule, config.optim.peak_lr, n_plateaus=k)
 
     def _look(self) -> list[StepNumbers] | None:
-        """Act on the verdicts on the last steps; None: the run went back to a checkpoint."""
+        """Read the verdicts on the last steps and act on them: skip, stop or go back.
+
+        Returns the numbers of the steps; None if the run went back to a checkpoint.
+        """
         steps = self.recovery.look(self.train_loader)
         if steps is None:
             self._move()
@@ -305,7 +312,7 @@ class TrainingLoop:
     def _evaluate(self, *, last: bool) -> None:
         """Evaluate on the validation split and log it (see `evaluation.evaluate`).
 
-        Every ``eval.tasks_every_evals`` times, and the ``last`` time, log scores on tasks as well.
+        Every ``eval.tasks_every_evals``-th evaluation, and the ``last``, also scores the tasks.
         """
         gc.collect()
         state, score_tasks, scores = self.state, self.score_tasks, dict[str, float]()
@@ -331,15 +338,16 @@ class TrainingLoop:
 
     def close(self) -> None:
         """Wait for the checkpoint being written, which may fail; end the threads, close files."""
-        with contextlib.ExitStack() as stack:  # from the last on, whatever fails of them
+        with contextlib.ExitStack() as stack:  # in reverse order, each even if another fails
             for part in (self.saver, self.reporter, self.profiler, self.train_loader):
                 stack.callback(part.close)
 
     def save_unfinished(self) -> bool:
         """Save the state before the step that hangs, from another thread, and stop training.
 
-        True: the training thread is stopped for good, end the process; False: it did not train.
-        Raises CheckpointError, or FloatingPointError where an earlier step ends the run.
+        Returns True if the training thread is stopped for good: the caller must end the process.
+        Returns False if it was not training; then nothing was saved. Raises CheckpointError, or
+        FloatingPointError if an earlier step ends the run.
         """
         if not self.guard.take_over():
             return False

@@ -1,11 +1,14 @@
-"""One training step on the device: forward, backward, norm, verdict, update. Nothing here syncs.
+"""One training step on the device: forward, backward, norm, verdict, update.
+
+Nothing here waits for the device, except a recheck, an optimizer that cannot read the verdict on
+the device, and `TrainStep.numbers`.
 
 The loss of a step is the sum over all its target tokens divided by the number of those not ignored,
 so that neither loss nor gradient depends on how the step is cut into micro-batches and over ranks.
-That number is known before the first forward pass and goes into the loss, so every gradient, also
-one that a hook sees, is a gradient of the mean. Ranks reduce gradients with the last micro-batch
-alone, and after it loss and norm, in one small reduction: what they judge a step by is the same,
-and so is the verdict.
+That number is known before the first forward pass and goes into the loss, so every gradient,
+including one that a hook sees, is a gradient of the mean. Ranks reduce gradients only with the last
+micro-batch, and then what they judge the step by, in one small reduction: all ranks reach the same
+verdict.
 
 A step owns its gradients. It begins without any, and it judges, clips and applies those of the
 parameters that train at that moment: they require a gradient, and an optimizer holds them.
@@ -113,12 +116,13 @@ class TrainStep:
         model: The model, on the device and sharded as ``resolved.world`` says.
         optimizers: Of the model's parameters; those of other parameters are stepped too.
         resolved: The settings of the run, for its device and its ranks.
-        criterion: Of a custom model, which is compiled in there if at all; its batches have
-            ``targets``. None: our Transformer's loss, compiled as ``run.compile`` says.
+        criterion: The loss of a custom model, whose batches have ``targets``. If that model is
+            compiled, it is compiled inside the criterion. None: our Transformer's loss, compiled
+            as ``run.compile`` says.
         n_micro: Micro-batches of a step, of a custom model; None: as the config says.
         ignore_index: The target that does not count.
-        count: Returns what the loss of a step is divided by, of one batch: a number where the host
-            knows it, else a scalar on the device. None: the number of targets that count.
+        count: Given one batch, returns its share of the divisor of the step's loss: a number if the
+            host knows it, else a scalar on the device. None: the number of targets that count.
     """
 
     def __init__(
@@ -154,7 +158,8 @@ class TrainStep:
         # A custom model is compiled by itself, if at all: not with the loss
         self.compile_mode = "off" if self._is_custom else resolved.compile_mode
         self.loss_fn: Callable[..., Tensor] = self._prepare_loss(resolved)
-        self._loss_of_rank = self.loss_fn  # on one rank: DDP's module calls it
+        # The loss of this rank alone, before any reduction; DDP's module wraps it
+        self._loss_of_rank = self.loss_fn
         if n_micro is None:
             assert resolved.shape is not None
             n_micro = resolved.shape.n_micro
@@ -173,15 +178,16 @@ class TrainStep:
         self.loss = torch.zeros((), **on_device)
         self.norm = torch.zeros((), **on_device)
         self.verdict = torch.zeros((), **on_device)
-        # The `StepNumbers` of the steps since `numbers` was called, up to its last row
+        # The `StepNumbers` of the steps since `numbers` was called; when it is full, the newest
+        # step overwrites the last row
         self.history = torch.zeros(config.log.every_steps, len(StepNumbers._fields), **on_device)
         self.n_unread = 0
         # Whether the step has targets on any rank, and whether on this one (None: the host does
         # not know)
         self.has_targets = torch.ones((), dtype=torch.bool, device=resolved.device)
         self._known_targets: bool | None = None
-        # What gradients are multiples of, in fp16, which has few exponents; and the clean steps
-        # since it changed
+        # The loss scale, which gradients are multiplied by in fp16 because its range is narrow; and
+        # the steps since it last changed
         self.grad_scale = torch.full((), 2.0**16 if self.precision.scaled else 1.0, **on_device)
         self.growth_tracker = torch.zeros((), dtype=torch.int32, device=resolved.device)
         self.window: SpikeWindow | None = None
@@ -215,8 +221,8 @@ class TrainStep:
         rounds_once = resolved.rounds_once and not self._is_custom
         accumulates = self.n_micro > 1
         outside_autograd = rounds_once or (captures_graphs and not self.world.sharded)
-        # A custom model may leave some parameters unused, which then have no gradient, and are not
-        # decayed either: its gradients are dropped.
+        # A custom model may leave some parameters unused. With a gradient of zero they would still
+        # be decayed, so its gradients are dropped, not zeroed.
         kept = accumulates and ((is_ddp and not self._is_custom) or outside_autograd)
         return Gradients(
             self.objective,
@@ -244,7 +250,7 @@ class TrainStep:
         if self._replicated == requiring_grad:
             return
         again = bool(self._replicated)
-        if again:  # before the new module there must be none that reduces the same gradients
+        if again:  # free the old module first: two must not reduce the same gradients
             self.network = self.model
             self.loss_fn = self._loss_of_rank
             gc.collect()
@@ -271,9 +277,9 @@ class TrainStep:
 
         Args:
             batches: The micro-batches of this rank.
-            recheck: Run them twice, and compare loss, norm and gradients bit for bit. Where they
-                differ on any rank, a third run tells what happens once from what happens each
-                time, and `update` makes no update. Waits for the device.
+            recheck: Run them twice, and compare loss, norm and gradients bit for bit. If they
+                differ on any rank, a third run tells a fault that happened once from one that
+                happens each time, and `update` makes no update. Waits for the device.
         """
         self._begin()
         if not self.parameters:
@@ -302,7 +308,8 @@ class TrainStep:
             is_bad = (self.verdict != FINE).float()
             self._update_parameters(computed.gradients, is_bad, lr)
             self.ema.update(skipped=is_bad)
-            if self.precision.scaled:  # halve after an overflow, double after 2,000 clean steps
+            if self.precision.scaled:
+                # Halve after numbers that are not finite, double after 2,000 other steps
                 inf = torch.where(self.verdict >= SPIKE, 0.0, is_bad)
                 torch._amp_update_scale_(self.grad_scale, self.growth_tracker, inf, 2.0, 0.5, 2000)
             self._note_numbers()
@@ -330,6 +337,8 @@ class TrainStep:
         device = self.loss.device
         rng = rng_state(device)
         earlier: list[list[int]] = []  # the bits of each run before
+        # What the first, second and third run mean if an earlier run gave the same bits. The first
+        # has no earlier one.
         for outcome_if_alike in (PERSISTENT, FINE, TRANSIENT):
             if earlier:
                 restore_rng(rng, device)
@@ -347,13 +356,13 @@ class TrainStep:
     def _backward(self, batches: Sequence[Any]) -> tuple[Tensor, Sequence[Tensor]]:
         """Run forward and backward; return this rank's part of the loss, and the gradients.
 
-        The gradients of the ranks, of which the mean is taken, are multiples of `grad_scale`.
+        Each rank's gradients are multiplied by `grad_scale`; the reduction takes their mean.
         """
         n_targets = self._count_targets(batches)
         wait_for_sum = self.world.begin_sum(n_targets)
         loss = torch.zeros_like(self.loss)
         self.gradients.round_copies()
-        wait_for_sum()
+        wait_for_sum()  # from here on, n_targets is the sum over all ranks
         self.has_targets = n_targets > 0
         unit = self.grad_scale * self.world.size
         scale = unit / torch.where(self.has_targets, n_targets, 1)
@@ -408,10 +417,11 @@ class TrainStep:
         self.n_unread = row + 1
 
     def _makes_update(self, is_bad: Tensor) -> bool:
-        """Return whether an optimizer is to step that cannot read the verdict on the device.
+        """Return whether to step an optimizer that cannot read the verdict on the device.
 
-        That waits for the device. Where steps are not judged it waits only if the host knows that
-        this rank has no targets: those that lie on a GPU already are not looked at.
+        That waits for the device. If steps are not judged, only a step without targets is skipped,
+        so it waits only when the host knows that this rank has none. If only a GPU knows, it does
+        not wait, and the optimizer steps.
         """
         if not self.judges and (
             self._known_targets or (self._known_targets is None and is_bad.is_cuda)
@@ -428,7 +438,7 @@ class TrainStep:
             return loss, (squares / world.n_copies).sqrt() / self.grad_scale
         wait_for_sum = world.begin_sum(loss)
         norm = grad_norm(gradients).norm
-        wait_for_sum()
+        wait_for_sum()  # from here on, loss is the sum over all ranks
         return loss, norm / self.grad_scale
 
     def _judge(self) -> Tensor:

@@ -65,7 +65,7 @@ def make_loop(
     # The checkpoint to continue, the data and the settings
     config, source = find_checkpoint(config, world, folder)
     config, splits = open_data(config, world, folder)
-    if world.size > 1:  # before any collective that one of them may have reason to skip
+    if world.size > 1:  # before any collective, which a rank with other settings might skip
         world.agree(facts_of_rank(config, splits.facts, {"--stop-at-step": stop_at_step}))
     config = choose_micro_batch(config, source, world, device, folder)
     with world.failing_together():
@@ -108,7 +108,7 @@ def make_loop(
     # Its state
     if source is not None:
         restore(loop, source, folder)
-    elif not folder.new:  # what a run that was never saved has left
+    elif not folder.new:  # drop the log of an earlier start that ended before its first checkpoint
         loop.reporter.drop_after(0)
     if world.leads:
         folder.drop_newer()
@@ -208,7 +208,7 @@ def open_tokenizer(config: TrainConfig, splits: Splits) -> tuple[TrainConfig, Sp
 
 
 def make_loader(resolved: Resolved, splits: Splits, position: int) -> Loader:
-    """Return the loader of this rank's micro-batches, from a sample of the run on."""
+    """Return the loader of this rank's micro-batches, from sample ``position`` of the run on."""
     world = resolved.world
     assert resolved.shape is not None
     options = LoaderOptions.of(
@@ -250,7 +250,10 @@ def origin_of(
     source: checkpoint.Checkpoint | None,
     folder: RunFolder,
 ) -> dict[str, Any]:
-    """Return what made this run, for its checkpoints; warn if it differs from its checkpoint's."""
+    """Return the provenance that this run's checkpoints record.
+
+    Warn if it differs from that of the checkpoint that the run starts from.
+    """
     made_by = provenance(device, source.path if source else None)
     threads = torch.get_num_threads() if device.type == "cpu" else None
     other = {"threads": threads, "run.compile": resolve_compile(config, device)}
@@ -273,7 +276,7 @@ def origin_of(
 def make_model(
     config: TrainConfig, world: World, device: torch.device
 ) -> tuple[Transformer, World]:
-    """Return the model, with new parameters, as the ranks hold it; and how they share it."""
+    """Return a new model, sharded if the mode says so, and the world with its mode."""
     torch.manual_seed(config.run.seed)
     make = partial(Transformer, config.model, seq_len=config.data.seq_len)
     if world.size > 1:
@@ -325,7 +328,7 @@ def restore(loop: TrainingLoop, source: checkpoint.Checkpoint, folder: RunFolder
         if folder.decays:
             resuming.begin_decay(loop.state, loop.config, source.path)
         if folder.source is None:
-            loop.saver.saved_at = None  # in this folder
+            loop.saver.saved_at = None  # a branch: its own folder has no checkpoint yet
     except UserError:
         loop.close()
         raise
@@ -363,7 +366,7 @@ def make_sampler(config: TrainConfig, tokenizer: Tokenizer | None) -> Sampler | 
     def sample(model: Transformer, number: int) -> tuple[str, str]:
         device = model.embedding.weight.device
         prompt = prompts[number % len(prompts)]
-        # A prompt of which the tokenizer knows nothing starts like a new document.
+        # A prompt that encodes to no tokens is replaced by the end-of-text token.
         ids = encode(tokenizer, prompt) or [end_of_text_id(tokenizer) or 0]
         generator = torch.Generator(device).manual_seed(config.run.seed + number)
         tokens = torch.tensor([ids], device=device)
