@@ -24,8 +24,9 @@ EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT = 0, 1, 2
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: can be resumed
 EXIT_INTERRUPTED, EXIT_NOT_READ = 130, 141  # as shells show an end by SIGINT, and by SIGPIPE
 # How often an OpenMP thread that waits looks again before it sleeps. GCC's own 300,000 keep the
-# core from other processes; without spinning, a run that is alone loses a quarter of its speed. A
-# run stops spinning while others use its cores: `fasttrain.device.CoreWatch`.
+# core from other processes; without spinning, a run that is alone is slower
+# (benchmarks/EXPERIMENTS.md). A run stops spinning while others use its cores:
+# `fasttrain.device.CoreWatch`.
 SPINS = "10000"
 _OUT_OF_MEMORY = (
     "lower train.micro_batch (with train.tokens_per_step set the loss stays the same), let "

@@ -141,7 +141,7 @@ def keep_freed_memory() -> None:
     """Make glibc's malloc keep large freed blocks instead of returning them to the system.
 
     By default each activation above 32 MiB at the most is mapped anew, and the kernel clears its
-    pages at every step, which takes several percent of an eager step. No effect if the C library
+    pages at every step (benchmarks/EXPERIMENTS.md). No effect if the C library
     has no ``mallopt``.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
@@ -168,8 +168,8 @@ class CoreWatch:
 
     A thread that spins keeps the one that it waits for from its core. GCC's OpenMP spins a hundred
     times at most while it has more threads than there are cores (its manual, ``GOMP_SPINCOUNT``):
-    here the team of a thread that does nothing else. Results do not depend on it. Beside one busy
-    process a step takes half of the time with threads that sleep, alone a third more.
+    here the team of a thread that does nothing else. Results do not depend on it. Threads that
+    sleep are faster beside busy processes, and slower alone (benchmarks/EXPERIMENTS.md).
     """
 
     EVERY_S = 1.0

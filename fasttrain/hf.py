@@ -52,7 +52,8 @@ class Family(NamedTuple):
     only: dict[str, tuple[Any, ...]]  # values of their other keys that ours can compute, own first
 
 
-# Names of ours, of GPT-2, of Llama and Qwen3; several are stacked by rows in ours.
+# Parameter names in our model, in GPT-2, and in Llama and Qwen3. If several of theirs are listed,
+# our tensor stacks them by rows.
 Names = tuple[tuple[str, str, str], ...]
 _OUTER: Names = (
     ("embedding.weight", "transformer.wte.weight", "model.embed_tokens.weight"),

@@ -5,9 +5,9 @@
                    checkpoints/step-00001000-c7/   as on the disk; c7: the run's seventh commit
 
 A copy counts once it has its manifest, which is written last and removed first. None is written
-over: a step that is saved again is another commit. So an upload that is cut off, at whatever point,
-leaves the copies that were whole as they were. What is brought back is hashed before it is used.
-Nothing is removed but copies that ``mirror.json`` names: the rest was put there by others.
+over: a step that is saved again is another commit. So an upload that is cut off at any point leaves
+all complete copies unchanged. What is brought back is hashed before it is used. Nothing is removed
+but copies that ``mirror.json`` names: the rest was put there by others.
 """
 
 import contextlib
@@ -239,7 +239,7 @@ class Mirror:
                 sync_folder(folder)
 
     def _begin_record(self) -> None:
-        """Read which copies are a mirror's; refuse an address that is the run folder itself."""
+        """Read which copies a mirror has made; refuse an address that is the run folder itself."""
         text = b""
         if 0 < names_at(self.address).get(RECORD, 0) <= disk.JSON_LIMIT:
             text = remote(f"{self.address}/{RECORD}", "cat_file")

@@ -1,4 +1,4 @@
-"""The one place that prints, so that no text of others reaches a terminal as commands to it.
+"""The only module that prints, so that untrusted text cannot send commands to a terminal.
 
 Names of files, configs, checkpoints, datasets and what a model writes may hold escape sequences,
 which set the title or the clipboard, and characters that reorder a line. Standard library only.

@@ -115,8 +115,7 @@ def resolve(config: TrainConfig, device: torch.device, world: World | None = Non
         and mode in ("default", "max-autotune-no-cudagraphs")
         and precision.compute.itemsize == 2
         and not run.fp8  # it would round a second time
-        and config.train.activation_checkpointing
-        == "none"  # it saves memory, which copies would use up
+        and config.train.activation_checkpointing == "none"  # copies would use what it saves
     )
     asks_for_cpp = device.type == "cpu" and run.compile in ("auto", "c++")
     return Resolved(

@@ -328,7 +328,8 @@ def failing(what: str) -> Iterator[None]:
 def sweep(folder: Path, spare: str) -> None:
     """Remove what saves left unfinished, but names that hold ``spare``; put back what was moved.
 
-    Names of other kinds stay: the folder may be anybody's. So do those of a process that runs.
+    Files with other names are kept: the folder may hold files that are not ours. So are those of a
+    process that runs.
     """
     for name in sorted(os.listdir(folder)):
         target = folder / name.removeprefix(".old-")

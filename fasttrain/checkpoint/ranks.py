@@ -6,10 +6,10 @@
                                                     where in the whole each of its slices lies
 
 Ranks wait only for files, in the thread that writes. They share one temporary folder, whose name
-all of them know. Each rank writes and fsyncs its files there and then renames `rank-….json` into
-place, which says "done" or why not. Rank 0 waits for those of all ranks, lists them in the manifest
-and commits. If that fails, it leaves `.tmp-failed-…`; the other ranks wait for that file, or for
-the manifest of this very save.
+all of them know. Each rank writes and fsyncs its files there, then renames `rank-….json` into
+place: that file says "done", or why not. Rank 0 waits for those of all ranks, lists them in the
+manifest and commits. If that fails, it leaves `.tmp-failed-…`; the other ranks wait for that file,
+or for the manifest of this very save.
 """
 
 import hashlib

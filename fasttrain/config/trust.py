@@ -57,7 +57,7 @@ def _is_file(task: str) -> bool:
 
 
 def _is_in_own_cache(folder: str) -> bool:
-    """Return whether a folder is in this user's cache folder, where no run was unpacked."""
+    """Return whether a folder is in this user's cache folder; runs are never unpacked there."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     own = Path(home, "fasttrain").resolve()
     return os.path.isabs(home) and Path(os.path.expanduser(folder)).resolve().is_relative_to(own)

@@ -63,7 +63,7 @@ class Shard:
 
     sha256: str  # of the file, header included, as hex; known when it has been scanned
     max_token: int  # −1 without tokens; known when it has been scanned
-    ends_path: Path  # the file that says where its documents end; known with `said`
+    ends_path: Path  # the file of document ends; known if `said` is given
     _fd: int | None = None
 
     def __init__(
@@ -132,7 +132,7 @@ class Shard:
         return kind, offset, count
 
     def read(self, pieces: Iterable[tuple[int, memoryview]]) -> None:
-        """Fill each buffer of bytes with the tokens from its place on; refuse a file that changed.
+        """Fill each buffer with the tokens from its position on; refuse a file that changed.
 
         One `fstat` tells, cheap enough for every batch; what was range-checked stays what is read.
         """

@@ -1,10 +1,10 @@
 """The order of samples: a keyed bijection, a pure function of (seed, epoch, index).
 
-A Feistel network on the pair (x, y) = (i mod a, i div a) with a·b ≥ n alternately adds a hash of
-one half to the other, modulo a or b; each round, and so the whole, is a bijection on [0, a·b). As
-a·b < n + a, fewer than a values lie outside [0, n); those walk the permutation on until they are
-inside, which leaves a bijection on [0, n). No table, no state: any index costs the same, at any
-point of a run, on any number of ranks.
+A Feistel network works on the pair (x, y) = (i mod a, i div a), with a·b ≥ n. Each round adds a
+hash of one half to the other, modulo a or b in turn. Every round is a bijection on [0, a·b), and so
+is their composition. As a·b < n + a, fewer than a values lie outside [0, n); those walk the
+permutation on until they are inside, which leaves a bijection on [0, n). No table, no state: any
+index costs the same, at any point of a run, on any number of ranks.
 
 Sources: Black & Rogaway 2002, "Ciphers with Arbitrary Finite Domains" (unbalanced Feistel, cycle
 walking); Steele, Lea & Flood 2014, "Fast Splittable Pseudorandom Number Generators" (the mixer).

@@ -54,7 +54,8 @@ def restore(checkpoint: Checkpoint, train_step: TrainStep, rank: int = 0) -> Non
         tensors = checkpoint.group("optimizer")
         load_optimizer_tensors(model, train_step.optimizers, tensors, stepped=stepped)
         train_step.ema.load(checkpoint.group("ema"))
-        # Everything else; a window of spikes is not needed, nor what a run on a CPU has not got.
+        # Everything else. The spike window and, from a run on a CPU, CUDA's random state may be
+        # missing.
         needed = train_step.state() | rng_state(device)
         for name in list(needed):
             if name.startswith("spike") or (name == "cuda" and name not in rest):
@@ -142,7 +143,7 @@ class Saver:
             self.failed_saves = 0
 
     def _fails(self, save: Callable[[], object], *, again: bool = False) -> bool:
-        """Save, or wait for a save; return whether that failed, and raise what fails too often."""
+        """Save, or wait for a save; return whether it failed. Raise if too many in a row fail."""
         try:
             save()
             return False
@@ -189,7 +190,7 @@ class Saver:
                 self.reporter.console.warn(f"passing over a damaged checkpoint: {error}")
                 continue
             self._restore(checkpoint)
-            self.saved_at = None  # where the run stops here, its rollback is to be remembered
+            self.saved_at = None  # if the run stops here, it saves again, to record the rollback
             return checkpoint
         return None
 

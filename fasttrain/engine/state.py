@@ -232,7 +232,7 @@ class StateGuard:
             self.is_open = False
 
     def _note_step(self, step: tuple[int, ...]) -> None:
-        """Remember where a step begins on the device; forget those that it has done."""
+        """Record where a step begins on the device; forget the steps that it has finished."""
         if self._device.type == "cuda":
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record()

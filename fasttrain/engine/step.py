@@ -77,7 +77,7 @@ def summed_loss(
 
 
 def default_criterion(config: TrainConfig, *, scaled: bool = False) -> LossSum:
-    """Return the criterion of our Transformer, as the config says; its gradient may be scaled."""
+    """Return the loss of our Transformer. If ``scaled``, its incoming gradient need not be 1."""
     options: Any = {"label_smoothing": config.train.label_smoothing, "z_loss": config.train.z_loss}
     return partial(summed_loss, unit_gradient=not scaled, **options)
 
@@ -168,7 +168,8 @@ class TrainStep:
         # Its gradients, and their reduction over ranks
         self.clock = StepClock(resolved.device, n_phases=2)
         self.gradients = self._make_gradients(resolved)
-        self.network: nn.Module = model  # what reduces gradients: the model, or DDP's module
+        # What reduces gradients: the model itself, or its DDP wrapper
+        self.network: nn.Module = model
         self._replicated: list[int] = []  # the parameters that DDP reduces gradients of
         self._begin()
         time_collectives(self.network, self.world, self.clock, accumulates=n_micro > 1)
@@ -336,7 +337,7 @@ class TrainStep:
         """Compute two or three times from the same random state; see `compute`."""
         device = self.loss.device
         rng = rng_state(device)
-        earlier: list[list[int]] = []  # the bits of each run before
+        earlier: list[list[int]] = []  # the bits of each earlier run's results
         # What the first, second and third run mean if an earlier run gave the same bits. The first
         # has no earlier one.
         for outcome_if_alike in (PERSISTENT, FINE, TRANSIENT):
@@ -459,7 +460,7 @@ class TrainStep:
     def numbers(self) -> list[StepNumbers]:
         """Bring the numbers of the steps since the last call to the host: one sync."""
         rows = self.history[: self.n_unread].tolist()
-        self.n_unread = 0  # not before: while this thread waits, another may ask
+        self.n_unread = 0  # only after the sync, during which another thread may call this
         return [StepNumbers(loss, norm, int(verdict), *more) for loss, norm, verdict, *more in rows]
 
     def state(self) -> dict[str, Tensor]:

@@ -29,7 +29,8 @@ from fasttrain.distributed.world import World
 from fasttrain.generate import encode_prompt, stream_texts
 from fasttrain.model.transformer import Transformer
 
-# lm-eval's own: tokens of an answer, where a task does not say it, and seed of a context's examples
+# lm-eval's defaults: the tokens of an answer if a task names no number, and the seed with which
+# few-shot examples are drawn
 MAX_NEW_TOKENS, SEED = 256, 1234
 
 

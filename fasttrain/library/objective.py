@@ -321,7 +321,7 @@ def together(batches: Iterable[Any], n: int, world: World) -> Iterator[list[Any]
 
 
 def by_key(batch: Any) -> dict[str, Any]:
-    """Return a batch by key: a tensor is ``input_ids``, a pair ``input_ids`` and ``target_ids``.
+    """Return a batch as a dict. A tensor becomes ``input_ids``; a pair has ``target_ids`` too.
 
     Ids of any integer dtype become int64.
     """

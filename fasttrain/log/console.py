@@ -273,7 +273,7 @@ class Console:
         else:
             try:
                 say(plain)
-            except OSError as error:  # training continues without a reader or space on the disk
+            except OSError as error:  # training continues if nobody reads, or the disk is full
                 if isinstance(error, BrokenPipeError):
                     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if self._log is None:

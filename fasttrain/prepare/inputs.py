@@ -108,7 +108,7 @@ PLAIN = Content()
 
 
 class UnclearError(DataError):
-    """It is not sure what a file holds; the message names what settles it.
+    """It is unclear what a file holds; the message names the option that settles it.
 
     `reason` is why a file in a folder is left out; None where it must not be.
     """
@@ -125,7 +125,7 @@ class File:
     path: Path | str  # a string is an address
     size: int
     version: int | str  # another one where the content is
-    name: str = ""  # where the path does not say it
+    name: str = ""  # if the path does not show it
     content: Content | None = None  # None: not yet looked at
     opener: Callable[[], IO[bytes]] | None = field(default=None, compare=False)
 
@@ -245,7 +245,7 @@ def _range(file: File, start: int, end: int) -> bytes:
 
 
 def _remote_file(address: str, info: dict[str, Any]) -> File:
-    if info.get("size") is None:  # a link on a page
+    if info.get("size") is None:  # a link on a page comes without a size
         info = remote(address, "info")
     if info.get("size") is None:
         raise DataError(f"{shown(address)}: its server does not say how long it is; download it")
@@ -811,7 +811,7 @@ def members(
     """Yield the files in an archive, which are read before the next; call `show` with bytes read.
 
     As in a folder, hidden ones are left out; so are links. `leave_out` is called with the reason
-    and the name. Those of a tar archive are copied to a temporary file.
+    and the name. Files of a tar archive are copied to a temporary file.
     """
 
     def is_taken(name: str, is_link: bool) -> bool:

@@ -338,9 +338,9 @@ def _copy(folder: Path, address: str) -> None:
 
 
 def parts_of(place: str) -> tuple[list[str], list[Path], list[dict[str, Any]], Asked]:
-    """Return the parts in a folder or at an address, in order and all of them, of one dataset.
+    """Return all parts of one dataset in a folder or at an address, in order; refuse a mixed set.
 
-    Their places, what is here of each, its `dataset.json`, and what was asked for of the whole.
+    Their places, local folders and `dataset.json`, and the options of the whole dataset.
     """
     if is_address(place):
         names = [n for n in store.names_at(place) if DATASET_JSON in store.names_at(f"{place}/{n}")]

@@ -281,7 +281,7 @@ def facts(run: Run, n_steps: int) -> dict[str, str]:
 
 
 def provenance(run: Run) -> dict[str, str]:
-    """Return what made a run, by name, and from which step on something else did."""
+    """Return the provenance of a run, by name, and the steps from which it changed."""
     found: dict[str, str] = {}
     last: dict[str, Any] = {}
     for row in run.made_by:
@@ -472,7 +472,7 @@ def _drawable(values: Sequence[float]) -> Any:
 
 
 def _drawn(text: str) -> str:
-    """Return what matplotlib draws as this text: else dollars enclose a formula.
+    """Escape a text so that matplotlib draws it literally: dollars would enclose a formula.
 
     A label that begins with an underscore would be left out.
     """

@@ -87,7 +87,7 @@ class RunFolder:
         overwrite: bool = False,
     ) -> None:
         self.world = world
-        self.console: Console | None = None  # of the first rank alone, as is the mirror
+        self.console: Console | None = None  # on rank 0 only, like the mirror
         self.mirror: Mirror | None = None
         self._held = contextlib.ExitStack()  # its lock and its console
         self._config_path = config_path

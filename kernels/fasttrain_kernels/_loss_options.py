@@ -52,6 +52,11 @@ class LossOptions(NamedTuple):
     z_loss: float = 0.0
     softcap: float = 0.0  # 0 means none
 
+    @classmethod
+    def among(cls, inputs: Any) -> "LossOptions":
+        """Return the options among an op's ``inputs``, a NamedTuple that has the same fields."""
+        return cls(*[getattr(inputs, name) for name in cls._fields])
+
     def to(self, dtype: torch.dtype) -> "LossOptions":
         """Return them with the weights in a dtype."""
         classes, tokens = self.class_weight, self.token_weight

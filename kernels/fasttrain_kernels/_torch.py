@@ -188,9 +188,9 @@ def dump_memory_history(path: str) -> None:
 def spare_compiler() -> None:
     """Keep optimizers from importing the compiler in a run that compiles nothing: 1.6 s.
 
-    The bookkeeping methods that they have of torch's import it when first called, only to be left
-    out of compiled code, and remember the outcome in an attribute; here it is filled in beforehand.
-    On a torch that names it otherwise this has no effect.
+    An optimizer's methods from torch are excluded from compiled code: each imports the compiler
+    when it is first called and keeps the result in an attribute. Here that attribute is filled
+    beforehand. On a torch that names it otherwise this has no effect.
     """
     for name in ("add_param_group", "zero_grad", "state_dict", "load_state_dict"):
         method: Any = inspect.unwrap(getattr(torch.optim.Optimizer, name))

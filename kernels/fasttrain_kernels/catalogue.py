@@ -21,7 +21,7 @@ Seeds = Callable[[list[Tensor]], Sequence[Tensor | None]]
 
 
 class Op(NamedTuple):
-    """A call: its inputs take gradients where the outputs have any, its constants do not."""
+    """A call. Its inputs get gradients if its outputs have any; its constants never do."""
 
     ours: Callable[..., Outputs]
     reference: Callable[..., Outputs]  # the same formula in plain torch, in any dtype
@@ -267,7 +267,7 @@ class Case(NamedTuple):
 
     name: str  # operation, dtype and shape
     make: Callable[[], Op]
-    elements: int = 0  # of the tensor that the floor is counted for; 0 where bytes do not bound
+    elements: int = 0  # of the tensor for which the byte floor is counted; 0: bytes do not bound
     # Whether every row of every operand starts on a 16-byte boundary, or the kernel promises wide
     # accesses anyway. Otherwise 16-byte accesses are impossible.
     aligned: bool = True

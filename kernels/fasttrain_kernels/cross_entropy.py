@@ -373,7 +373,7 @@ def compute_cross_entropy(
 
 
 class _Inputs(NamedTuple):
-    """The inputs of the op, as its schema has them: the options are flat there."""
+    """The inputs of the op in the order of its schema, where each option is an argument."""
 
     logits: Tensor  # (N, V)
     targets: Tensor  # (N,)
@@ -387,10 +387,6 @@ class _Inputs(NamedTuple):
     reduce: bool
     want_grad: bool
     want_correct: bool
-
-    @property
-    def options(self) -> LossOptions:
-        return LossOptions(*(getattr(self, name) for name in LossOptions._fields))
 
 
 class _BackwardInputs(NamedTuple):
@@ -407,10 +403,6 @@ class _BackwardInputs(NamedTuple):
     label_smoothing: float
     z_loss: float
     softcap: float
-
-    @property
-    def options(self) -> LossOptions:
-        return LossOptions(*(getattr(self, name) for name in LossOptions._fields))
 
 
 class _Saved(NamedTuple):
@@ -429,7 +421,11 @@ def _compute(*arguments: Any) -> tuple[Tensor, ...]:
     inputs = _Inputs(*arguments)
     grad = empty_grad(inputs.logits) if inputs.want_grad else None
     losses, lse, correct = compute_cross_entropy(
-        inputs.logits, inputs.targets, grad, inputs.options, want_correct=inputs.want_correct
+        inputs.logits,
+        inputs.targets,
+        grad,
+        LossOptions.among(inputs),
+        want_correct=inputs.want_correct,
     )
     loss = losses.sum() if inputs.reduce else losses
     return loss, lse, correct, _or_empty(grad, inputs.logits)
@@ -458,7 +454,7 @@ def _differentiate(*arguments: Any) -> Tensor:
         inputs.logits,
         inputs.targets,
         grad,
-        inputs.options,
+        LossOptions.among(inputs),
         lse=inputs.lse,
         upstream=inputs.upstream,
     )
@@ -502,10 +498,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     _, lse, correct, grad = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(lse, correct, grad)
-    tensors = named.options.tensors()
+    options = LossOptions.among(named)
+    tensors = options.tensors()
     kept = grad if named.want_grad else None
     ctx.save_for_backward(*_Saved(named.logits, named.targets, lse, *tensors, kept))
-    ctx.numbers = named.options.without_tensors()
+    ctx.numbers = options.without_tensors()
     ctx.is_spent = False  # backward hands the gradient out, and may write to it, once
 
 

@@ -8,8 +8,8 @@ The gradients are only read: `FusedAdamW.step` and `Muon.step` take the coeffici
 device tensors and apply them inside their own pass, so clipping costs one read of the gradients
 instead of two reads and a write, and nothing waits for the device.
 
-Accumulation is fp32 within a chunk; partial sums are combined in fp64 on the CPU (whose C++ sums
-in fp64) and in fp32 by one program on CUDA. All sums have a fixed order: reruns agree bit for bit.
+Sums within a chunk are fp32 (fp64 in C++). Partial sums are combined in fp64 on a CPU, and in fp32
+by a single Triton program on CUDA. All sums have a fixed order: reruns agree bit for bit.
 """
 
 import math
@@ -34,8 +34,8 @@ from ._torch import held_by
 from ._triton import tl, triton
 from .cpu.optimizer import fits, sum_of_squares
 
-# Each row of a tensor on a CPU is summed by one thread, so that the norm does not depend on their
-# number, as torch.dot's does. The rounding error grows with the length of a row.
+# Each row of a tensor on a CPU is summed by one thread, so that the norm does not depend on the
+# number of threads, as torch.dot's does. The rounding error grows with the length of a row.
 CPU_ROW = 1 << 14
 _EPS = 1e-6  # torch.nn.utils.clip_grad_norm_ uses the same
 

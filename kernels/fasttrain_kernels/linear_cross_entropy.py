@@ -412,7 +412,7 @@ def _pack(grads: Gradients, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class _Inputs(NamedTuple):
-    """The inputs of the op, as its schema has them: the options are flat there."""
+    """The inputs of the op in the order of its schema, where each option is an argument."""
 
     hidden: Tensor  # (N, D)
     weight: Tensor  # (V, D)
@@ -431,10 +431,6 @@ class _Inputs(NamedTuple):
     want_weight: bool
     want_bias: bool
     want_correct: bool
-
-    @property
-    def options(self) -> LossOptions:
-        return LossOptions(*(getattr(self, name) for name in LossOptions._fields))
 
 
 class _BackwardInputs(NamedTuple):
@@ -458,10 +454,6 @@ class _BackwardInputs(NamedTuple):
     want_weight: bool
     want_bias: bool
 
-    @property
-    def options(self) -> LossOptions:
-        return LossOptions(*(getattr(self, name) for name in LossOptions._fields))
-
 
 class _Saved(NamedTuple):
     """What forward saves for backward as tensors."""
@@ -481,7 +473,7 @@ class _Saved(NamedTuple):
 
 def _compute(*arguments: Any) -> tuple[Tensor, ...]:
     inputs = _Inputs(*arguments)
-    hidden, weight, options = inputs.hidden, inputs.weight, inputs.options
+    hidden, weight, options = inputs.hidden, inputs.weight, LossOptions.among(inputs)
     # Gradients divided by N leave the range of fp16: there the scale is applied in backward.
     late = hidden.dtype == torch.float16
     losses, lse, correct, grads = compute_linear_cross_entropy(
@@ -529,7 +521,7 @@ def _differentiate(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         weight,
         bias,
         inputs.targets,
-        inputs.options,
+        LossOptions.among(inputs),
         chunk_rows(hidden, weight.shape[0], inputs.max_chunk_mib),
         (inputs.want_hidden, inputs.want_weight, inputs.want_bias),
         lse=inputs.lse,
@@ -576,6 +568,7 @@ _backward = define_op(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     named = _Inputs(*inputs)
+    options = LossOptions.among(named)
     _, lse, correct, *grads = output
     grad_hidden, grad_weight, grad_bias = grads
     ctx.set_materialize_grads(False)
@@ -586,13 +579,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
         named.bias,
         named.targets,
         lse,
-        *named.options.tensors(),
+        *options.tensors(),
         grad_hidden=grad_hidden if named.reduce and named.want_hidden else None,
         grad_weight=grad_weight if named.reduce and named.want_weight else None,
         grad_bias=grad_bias if named.reduce and named.want_bias else None,
     )
     ctx.save_for_backward(*saved)
-    ctx.numbers = named.options.without_tensors()
+    ctx.numbers = options.without_tensors()
     ctx.max_chunk_mib = named.max_chunk_mib
     ctx.is_spent = False  # backward hands the gradients out, and may write to them, once
     # Not asked for hidden: in a graph each gradient is of a gradient

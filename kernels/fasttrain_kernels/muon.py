@@ -51,7 +51,7 @@ _TORCH_EPS = 1e-7  # torch.optim.Muon's default; `newton_schulz` needs none
 # Shards are scaled by powers of 2^8: bf16 holds their exponents, from -134 to 128 in fp64.
 _BITS = 8
 _OF_ZEROS = -256  # the exponent of a shard of zeros, below all others
-_HEADROOM = 15  # elements are at most 2^15: fp16 has most of its range below
+_HEADROOM = 15  # scaled elements are at most 2^15: most of fp16's range is left for smaller ones
 
 
 @triton.jit
@@ -193,7 +193,7 @@ def _packed(shards: Tensor, dtype: torch.dtype) -> Tensor:
         return packed.fill_(_OF_ZEROS)
     largest = largest_elements(shards)
     exponent = -(-torch.frexp(largest).exponent // _BITS)
-    exponent = exponent.clamp(-135, 128)  # what NaN or infinity have may be anything
+    exponent = exponent.clamp(-135, 128)  # the exponent of NaN or infinity is arbitrary
     scaled = times_power_of_two(shards, _HEADROOM - _BITS * exponent, dtype)
     packed[:, :-1] = scaled.view(n, -1)
     packed[:, -1:] = torch.where(largest == 0, _OF_ZEROS, exponent).view(n, 1)
@@ -389,13 +389,13 @@ class Muon(FusedOptimizer):
 
     Args:
         params: matrices (fp32, bf16, fp16), or dicts of parameter groups.
-        lr: learning rate, a float or a tensor of one element. With ``scale="match_adamw"`` AdamW's
-            value.
+        lr: learning rate, a float or a tensor of one element. With ``scale="match_adamw"``, use the
+            value that you would use for AdamW.
         momentum: decay rate of the momentum.
         nesterov: use the momentum one step ahead.
         weight_decay: decoupled weight decay, multiplied by the learning rate.
-        ns_steps: steps of `newton_schulz`.
-        coefficients: of `newton_schulz`.
+        ns_steps: number of steps of `newton_schulz`.
+        coefficients: those of `newton_schulz`.
         scale: "match_adamw", "spectral" or "none", see the module's docstring.
         ns_dtype: dtype of the iteration's products; None: as `newton_schulz` chooses.
         ns_coefficients: torch.optim.Muon's name of one triple (a, b, c) for all steps.
@@ -484,7 +484,7 @@ class Muon(FusedOptimizer):
         for group in groups:
             if "coefficients" in group:  # else it is torch.optim.Muon's own
                 same = _ns_coefficients(group["coefficients"], group.get("ns_steps", 1))
-                if group.get("ns_coefficients") == same:  # not set since it was this optimizer's
+                if group.get("ns_coefficients") == same:  # unchanged since this optimizer wrote it
                     del group["ns_coefficients"]
         return super()._accept({**state_dict, "param_groups": groups})
 

@@ -178,9 +178,9 @@ def newton_schulz(
     Raises:
         ValueError: g has fewer than two dimensions, or the coefficients are malformed.
 
-    Numerics: in fp32 singular values below about 3e-4 of the largest are amplified less exactly
-        on the Gram path. Two runs agree bit for bit. What rounding adds to a matrix of low rank is
-        brought up with its small singular values. Distance from U Vᵀ, relative to its norm, of
+    Numerics: in fp32 singular values below about 3e-4 of the largest are amplified less exactly on
+        the Gram path. Two runs agree bit for bit. In a matrix of low rank, rounding errors are
+        amplified along with small singular values. Distance from U Vᵀ, relative to its norm, of
         random 256 × 256 matrices after five steps (torch.optim.Muon's in bf16):
 
         ====  ====  ====  ====  ================

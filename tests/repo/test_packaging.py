@@ -1,5 +1,7 @@
 """What is shipped: the wheel's contents, and the README's two lines as the CI runs them."""
 
+import importlib.metadata as metadata_module
+import json
 import os
 import re
 import shutil
@@ -218,9 +220,24 @@ def test_nothing_is_capped_and_the_constraints_name_what_was_tested():
         assert [*map(int, pinned[name].split("."))] >= [*map(int, bound.split("."))], name
 
 
-def test_the_constraints_take_the_kernels_from_the_checkout_that_pip_is_called_in():
-    lines = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
-    assert "fasttrain-kernels @ file://${PWD}/kernels" in lines
+@pytest.mark.parametrize("name", ["checkout", "a folder, 100% ünlike #others"])
+def test_an_editable_install_takes_the_kernels_from_its_checkout(tmp_path, name):
+    root = tmp_path / name
+    for file in project_files():
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / file, root / file)
+    site = tmp_path / "site"
+    command = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation"]
+    command += ["--no-index", "--quiet", "--target", str(site)]
+    done = subprocess.run([*command, "-e", str(root)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (dist,) = metadata_module.distributions(name="fasttrain", path=[str(site)])
+    (needed,) = (r for r in dist.requires if r.startswith("fasttrain-kernels"))
+    done = subprocess.run([*command, needed], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (kernels,) = metadata_module.distributions(name="fasttrain-kernels", path=[str(site)])
+    assert kernels.version == fasttrain_kernels.__version__
+    assert json.loads(kernels.read_text("direct_url.json"))["url"] == (root / "kernels").as_uri()
 
 
 def test_no_message_tells_to_install_what_is_on_no_index():

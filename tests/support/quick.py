@@ -39,7 +39,7 @@ class Guard:
     def __init__(self) -> None:
         self.is_on = False
         self.has_refused = False
-        os.environ["PATH"] = tempfile.mkdtemp(prefix="no-programs-")  # so there is no compiler
+        os.environ["PATH"] = os.devnull  # no folder, so there is no compiler
         sys.addaudithook(self._audit)
         start = BaseProcess.start  # of multiprocessing, whose fork server raises no audit event
 
@@ -142,7 +142,9 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         return
     runner = config.pluginmanager.get_plugin("dsession")
     name = runner.nodemanager.testrunuid if runner else str(os.getpid())
-    lines = Path(tempfile.gettempdir(), f"slow-{name}.jsonl").read_text().splitlines()
+    record = Path(tempfile.gettempdir(), f"slow-{name}.jsonl")
+    lines = record.read_text().splitlines()
+    record.unlink()
     SLOW.write_text(HEAD + "\n".join(slow_names(lines)) + "\n", "utf-8")
 
 

@@ -109,7 +109,7 @@ def load(*sources: str | Path, dtype: torch.dtype = torch.float32) -> ctypes.CDL
 
 @cache
 def load_or_warn(*sources: str, dtype: torch.dtype = torch.float32) -> Any:
-    """Return what `load` does, or None after a warning: torch's operations do without."""
+    """Return what `load` returns. If it fails, warn, and return None: torch computes instead."""
     try:
         return load(*sources, dtype=dtype)
     except RuntimeError as e:

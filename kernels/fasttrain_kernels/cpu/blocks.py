@@ -215,12 +215,12 @@ def run_blocks_on_cpu(
     """Return what blocks make of x one after the other, as `fasttrain.model.run_blocks` does.
 
     Args:
-        blocks: of a `fasttrain.model.Block` each; all widths are multiples of 16.
-        last_norm: the norm behind them, of the kind that they have, or None.
+        blocks: parameters of one `fasttrain.model.Block` each; all widths are multiples of 16.
+        last_norm: the norm after the blocks, of the same kind as theirs, or None.
         x: fp32 (B, T, D).
         rope: cos and sin of the positions, each fp32 (T, K/2), or None.
-        mask: None: attention is causal.
-        caches: None, and ``start`` 0: nothing is cached in training.
+        mask: must be None; attention is causal.
+        caches: must be None, and ``start`` 0; nothing is cached in training.
         start: see ``caches``.
         values: fp32 (B, T, G·K) of each block, mixed into its values; or None.
 
